@@ -1,0 +1,52 @@
+# Needs Python 3.10 or newer (with venv) and make. Everything else comes into .venv, in the versions of constraints.txt.
+SHELL := /bin/bash
+python ?= python3
+bin := .venv/bin
+env := $(bin)/.ready
+# What export, clean and the README may rewrite
+sources := fastmix nbs README.md $(wildcard index_files)
+sums = find $(sources) -type f ! -path '*/.*' ! -path '*/__pycache__/*' | sort | xargs cksum
+say = { echo "make $@: $(1)" >&2; exit 1; }
+
+# Notebooks run side by side: a thread pool for each would only make them wait for one another
+docs test: export OMP_NUM_THREADS = 1
+
+help: ## Show this list
+	@sed -n 's/^\([.a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
+
+.venv: $(env) ## Make the environment
+$(env): pyproject.toml settings.ini setup.py constraints.txt
+	$(python) -m venv .venv
+	$(bin)/pip install --quiet --constraint constraints.txt uv
+	$(bin)/uv pip install --quiet --python $(bin)/python --constraint constraints.txt --editable '.[dev]'
+	@# nbdev 3 says nbdev-test where nbdev 2 said nbdev_test: both work here
+	for f in $(bin)/nbdev-*; do ln -sf $${f##*/} $(bin)/$$(tr - _ <<< $${f##*/}); done
+	touch $@
+
+demo: $(env) ## Mix some digits, in seconds and without a download
+	$(bin)/python -m fastmix.demo $(ARGS)
+
+sync: $(env) ## Notebooks to modules and README
+	$(bin)/nbdev-export
+	$(bin)/nbdev-clean
+	$(bin)/python nbs/_build.py readme
+
+docs: $(env) ## Build the site into _docs
+	$(bin)/python nbs/_build.py docs
+
+test: $(env) ## Run all checks
+	@$(sums) > .venv/sums
+	$(MAKE) sync
+	@$(sums) | diff .venv/sums - || $(call say,notebooks and modules and README were out of step. They agree now: look at the files above and commit them)
+	@$(bin)/chkstyle fastmix nbs tests setup.py || $(call say,follow the hints of chkstyle above)
+	@$(bin)/nbdev-test --timing || $(call say,open the notebook above and run it from the top)
+	@$(bin)/pytest || $(call say,run the test above alone: $(bin)/pytest -k NAME)
+
+lock: $(env) ## Take the newest versions into constraints.txt
+	$(bin)/uv pip compile --quiet --upgrade --universal --python-version 3.10 --all-extras --no-header --no-annotate pyproject.toml -o constraints.txt
+
+clean: ## Remove what can be made again
+	rm -rf .venv .pytest_cache .hypothesis *.egg-info build dist _docs _proc
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.PHONY: help .venv demo sync docs test lock clean

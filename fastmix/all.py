@@ -1,0 +1,6 @@
+from fastmix.core import *
+from fastmix.mixes import *
+from fastmix.loss import *
+from fastmix.callback import *
+from fastmix.data import *
+from fastmix.show import *

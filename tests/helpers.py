@@ -1,0 +1,41 @@
+"Small learners, and a callback that records what a fit was fed"
+import torch
+from torch import nn
+from fastai.callback.core import Callback
+from fastai.callback.progress import ProgressCallback   # brings `no_bar`
+from fastai.data.core import DataLoaders, Datasets
+from fastai.learner import Learner
+from fastai.torch_core import set_seed
+
+class Record(Callback):
+    "Per training batch: the batch before mixing, what the model was given and gave, the plan and the loss"
+    order,run_valid = -1,False
+    def before_fit(self): self.batches = []
+    def before_batch(self): self.batches.append(dict(xb=self.learn.xb, yb=self.learn.yb, xb0=[x.clone() for x in self.learn.xb]))
+    def after_loss(self): self.batches[-1].update(mixed=self.learn.xb, pred=self.learn.pred, loss=self.learn.loss.detach(), plan=self.plan())
+    def plan(self): return next((cb.plan for cb in self.learn.cbs if hasattr(type(cb), 'plan')), None)
+
+class Items(list): "Tuples of tensors, of which the first `n_inp` are inputs"
+
+def mk_dls(xs, ys, bs=8, n_inp=1, **kwargs):
+    "Loaders over tuples of tensors: the same items for training and validation"
+    set_seed(0)      # fastai's loaders take the seed of their shuffling when they are made
+    items = Items(zip(*xs, *ys))
+    items.n_inp = n_inp
+    return DataLoaders.from_dsets(items, items, bs=bs, device='cpu', num_workers=0, **kwargs)
+
+def class_dls(n=32, n_in=6, c=4, bs=8, seed=0, **kwargs):
+    g = torch.Generator().manual_seed(seed)
+    return mk_dls([torch.randn(n, n_in, generator=g)], [torch.randint(0, c, (n,), generator=g)], bs=bs, **kwargs)
+
+def mk_learn(dls, model=None, loss_func=None, **kwargs):
+    set_seed(0)
+    return Learner(dls, model or nn.Linear(6, 4), loss_func=loss_func or nn.CrossEntropyLoss(), **kwargs)
+
+def quiet_fit(learn, n_epoch=1, **kwargs):
+    with learn.no_bar(), learn.no_logging(): learn.fit(n_epoch, **kwargs)
+    return learn
+
+def vector(i): return torch.full((6,), i/32).sin()
+def parity(i): return torch.tensor(i%4)
+def exportable_dls(): return Datasets(list(range(32)), [[vector],[parity]], splits=(range(32),range(32))).dataloaders(bs=8, num_workers=0, device='cpu')

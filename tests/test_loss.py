@@ -1,0 +1,212 @@
+"Every loss, exactly: a real fit's mixed losses against the definition, written out by hand and in double precision"
+from functools import partial
+import pytest, torch, torch.nn.functional as F
+from torch import nn
+from fastai.losses import (BCEWithLogitsLossFlat, CrossEntropyLossFlat, DiceLoss, FocalLossFlat, L1LossFlat, LabelSmoothingCrossEntropy,
+                           LabelSmoothingCrossEntropyFlat, MSELossFlat)
+from fastmix.callback import CutMix, MixUp
+from fastmix.core import BlendPlan
+from fastmix.loss import MixLoss
+from fastmix.mixes import Blend
+from helpers import Record, class_dls, mk_dls, mk_learn, quiet_fit
+
+C = 4
+w = torch.tensor([.2, 1., 3., 8.])
+
+def logp(p): return p - p.exp().sum(-1, keepdim=True).log()
+
+def ce(weight=None, smooth=0., gamma=0., ignore=-100):
+    "Unreduced cross-entropy of one prediction and one class, and its weight in a mean"
+    wt = torch.ones(C) if weight is None else weight
+    def u(p, y):
+        if y==ignore: return 0., 0.
+        nll = -logp(p.double())*wt
+        res = (1-smooth)*nll[y] + smooth/C*nll.sum()
+        return ((1-(-res).exp())**gamma*res, 1.) if gamma else (res, wt[y].item())
+    return u
+
+def mean_of(u, plan, pred, y, reduction='mean'):
+    "The definition, one sample, one position and one target at a time"
+    num = den = 0.
+    for i in range(len(y)):
+        lam,j = plan.lam[i if len(plan.lam)>1 else 0].double().item(), plan.idx[i]
+        for share,t in ((lam,y[i]), (1-lam,y[j])):
+            for p_,t_ in zip(pred[i].reshape(-1, pred.shape[-1]), t.reshape(-1)):
+                val,weight = u(p_, t_)
+                num,den = num+share*val, den+share*weight
+    return num/den if reduction=='mean' else num
+
+def close(a, b): torch.testing.assert_close(torch.as_tensor(a).double(), torch.as_tensor(b).double(), rtol=2e-6, atol=1e-6)
+
+def fit(loss_func, dls=None, model=None, cb=None):
+    learn = mk_learn(dls or class_dls(), model, loss_func, cbs=[cb or MixUp(1.), Record()])
+    batches = quiet_fit(learn).record.batches
+    assert learn.loss_func is loss_func and batches
+    return batches
+
+FL = FocalLossFlat
+LS = LabelSmoothingCrossEntropyFlat
+class_losses = [
+    (CrossEntropyLossFlat(), ce()), (CrossEntropyLossFlat(weight=w), ce(w)), (CrossEntropyLossFlat(ignore_index=2), ce(ignore=2)),
+    (CrossEntropyLossFlat(weight=w, ignore_index=1), ce(w, ignore=1)), (CrossEntropyLossFlat(weight=w, reduction='sum'), ce(w)),
+    (LS(), ce(smooth=.1)), (LS(eps=.3, reduction='sum'), ce(smooth=.3)), (LabelSmoothingCrossEntropy(), ce(smooth=.1)),
+    (FL(), ce(gamma=2.)), (FL(weight=w), ce(w, gamma=2.)), (FL(gamma=1., reduction='sum'), ce(gamma=1.)),
+    (nn.CrossEntropyLoss(), ce()), (nn.CrossEntropyLoss(w), ce(w)), (nn.CrossEntropyLoss(ignore_index=0), ce(ignore=0)),
+    (nn.CrossEntropyLoss(label_smoothing=.2), ce(smooth=.2)), (nn.CrossEntropyLoss(w, label_smoothing=.2, ignore_index=3), ce(w, .2, ignore=3)),
+    (nn.CrossEntropyLoss(w, reduction='sum'), ce(w)),
+    (F.cross_entropy, ce()), (partial(F.cross_entropy, weight=w), ce(w)), (partial(F.cross_entropy, ignore_index=1, weight=w), ce(w, ignore=1)),
+    (partial(F.cross_entropy, reduction='sum'), ce()), (partial(F.cross_entropy, label_smoothing=.1), ce(smooth=.1)),
+]
+
+@pytest.mark.parametrize('per_batch', [False, True])
+@pytest.mark.parametrize('loss_func,u', class_losses, ids=str)
+def test_classes(loss_func, u, per_batch):
+    red = getattr(loss_func, 'reduction', 'sum' if getattr(loss_func, 'keywords', {}).get('reduction')=='sum' else 'mean')
+    for b in fit(loss_func, cb=MixUp(1., per_batch=per_batch)):
+        assert len(b['plan'].lam) == (1 if per_batch else 8)
+        close(b['loss'], mean_of(u, b['plan'], b['pred'].detach(), b['yb'][0], red))
+
+@pytest.mark.parametrize('loss_func', [LS(weight=w), LabelSmoothingCrossEntropy(weight=w)], ids=str)
+def test_weighted_smoothing_has_two_normalisers(loss_func):
+    for b in fit(loss_func):
+        args = b['plan'], b['pred'].detach(), b['yb'][0]
+        close(b['loss'], .9*mean_of(ce(w), *args) + .1*mean_of(lambda p,y: (-logp(p.double()).mean(), 1.), *args))
+
+@pytest.mark.parametrize('loss_func,_', class_losses + [(LS(weight=w), None)], ids=str)
+def test_lam_one_is_the_plain_loss(loss_func, _):
+    pred,y = torch.randn(8, C), torch.arange(8)%C
+    plan = BlendPlan(torch.ones(8), torch.randperm(8))
+    close(MixLoss(loss_func)(pred, y, plan=plan), loss_func(pred, y))
+
+def bce(p, y, pw=1.): return -(pw*y*p.sigmoid().log() + (1-y)*(1-p.sigmoid()).log())
+
+@pytest.mark.parametrize('loss_func,pw,dtype', [
+    (BCEWithLogitsLossFlat(), 1., torch.float), (BCEWithLogitsLossFlat(), 1., torch.long), (BCEWithLogitsLossFlat(), 1., torch.bool),
+    (BCEWithLogitsLossFlat(pos_weight=w), w, torch.float), (BCEWithLogitsLossFlat(pos_weight=w), w, torch.long),
+    (nn.BCEWithLogitsLoss(pos_weight=w), w, torch.float), (F.binary_cross_entropy_with_logits, 1., torch.float)], ids=str)
+def test_multi_label(loss_func, pw, dtype):
+    ys = torch.randint(0, 2, (32, C)).to(dtype)
+    for b in fit(loss_func, mk_dls([torch.randn(32, 6)], [ys])):
+        lam,y = b['plan'].lam[:,None].double(), b['yb'][0].double()
+        p = b['pred'].detach().double()
+        close(b['loss'], (lam*bce(p, y, pw) + (1-lam)*bce(p, y[b['plan'].idx], pw)).mean())
+
+@pytest.mark.parametrize('shape', [(32,), (32,1)])
+@pytest.mark.parametrize('loss_func,f', [(MSELossFlat(), torch.square), (L1LossFlat(), torch.abs), (F.mse_loss, torch.square),
+                                         (nn.L1Loss(reduction='sum'), torch.abs)], ids=str)
+def test_regression(loss_func, f, shape):
+    model = nn.Sequential(nn.Linear(6, 1), nn.Flatten(0)) if len(shape)==1 else nn.Linear(6, 1)
+    for b in fit(loss_func, mk_dls([torch.randn(32, 6)], [torch.randn(shape)]), model):
+        lam,y = b['plan'].lam.double(), b['yb'][0].double().flatten()
+        err = f(b['pred'].detach().double().flatten() - lam*y - (1-lam)*y[b['plan'].idx])
+        close(b['loss'], err.sum() if getattr(loss_func, 'reduction', '')=='sum' else err.mean())
+
+def no_reduction(p, y): return F.cross_entropy(p, y, weight=w)**2
+
+def test_plain_python_loss_takes_one_lam_and_says_so_once():
+    with pytest.warns(UserWarning, match='no_reduction') as said: batches = fit(no_reduction, cb=MixUp(1.))
+    assert len([o for o in said if 'one λ for each batch' in str(o.message)]) == 1
+    for b in batches:
+        lam, = b['plan'].lam
+        p,y = b['pred'], b['yb'][0]
+        close(b['loss'], lam*no_reduction(p, y) + (1-lam)*no_reduction(p, y[b['plan'].idx]))
+
+def own_mean(p, y, reduction='mean'):
+    u = F.cross_entropy(p, y, reduction='none')
+    return u if reduction=='none' else u.sum()/(y+1).sum()
+
+def test_a_mean_that_is_none_is_refused():
+    with pytest.raises(ValueError, match='per_batch=True'): fit(own_mean)
+    assert fit(own_mean, cb=MixUp(1., per_batch=True))
+
+# Segmentation: void pixels are class 3
+def seg_dls(): return mk_dls([torch.randn(16, 3, 6, 5)], [torch.randint(0, C, (16, 6, 5))])
+def seg_model(): return nn.Conv2d(3, C, 1)
+
+@pytest.mark.parametrize('kw', [{}, dict(weight=w), dict(ignore_index=3), dict(weight=w, ignore_index=3), dict(weight=w, reduction='sum')], ids=str)
+def test_segmentation(kw):
+    u = ce(kw.get('weight'), ignore=kw.get('ignore_index', -100))
+    for b in fit(CrossEntropyLossFlat(axis=1, **kw), seg_dls(), seg_model()):
+        close(b['loss'], mean_of(u, b['plan'], b['pred'].detach().permute(0,2,3,1), b['yb'][0], kw.get('reduction', 'mean')))
+
+@pytest.mark.parametrize('kw', [{}, dict(weight=w, ignore_index=3)], ids=str)
+def test_a_cut_mask_takes_the_plain_loss(kw):
+    loss_func = CrossEntropyLossFlat(axis=1, **kw)
+    for b in fit(loss_func, seg_dls(), seg_model(), CutMix()):
+        x,x1,y = b['xb'][0], b['xb'][0][b['plan'].idx], b['yb'][0].clone()
+        pasted = (b['mixed'][0] != x).any(1)          # the pixels that differ are the partner's
+        assert b['mixed'][0].movedim(1,-1)[pasted].equal(x1.movedim(1,-1)[pasted]) and pasted.any()
+        y[pasted] = b['yb'][0][b['plan'].idx][pasted]
+        close(b['loss'], loss_func(b['pred'], y))
+
+def dice(p, t):
+    "Dice of one image, summed over classes"
+    p = p.softmax(0)
+    return sum(1 - (2*(p[c]*(t==c)).sum()+1e-6)/((p[c]+(t==c)).sum()+1e-6) for c in range(C))
+
+@pytest.mark.parametrize('reduction', ['sum', 'mean'])
+def test_dice_is_mixed_per_image(reduction):
+    for b in fit(DiceLoss(reduction=reduction), seg_dls(), seg_model()):
+        plan,p,y = b['plan'], b['pred'].detach().double(), b['yb'][0]
+        want = sum(l*dice(p[i], y[i]) + (1-l)*dice(p[i], y[j]) for i,(l,j) in enumerate(zip(plan.lam.double(), plan.idx)))
+        close(b['loss'], want/(len(y)*C) if reduction=='mean' else want)
+
+class CeAndDice:
+    def __init__(self): self.ce,self.dice = CrossEntropyLossFlat(axis=1, weight=w), DiceLoss()
+    def __call__(self, p, y): return self.ce(p, y) + self.dice(p, y)
+    def activation(self, p): return p.softmax(1)
+
+def test_ce_and_dice():
+    loss_func = CeAndDice()
+    for cb in MixUp(1.), CutMix(1.):
+        with pytest.warns(UserWarning, match='CeAndDice'): batches = fit(loss_func, seg_dls(), seg_model(), cb)
+        for b in batches:
+            (lam,),idx = b['plan'].lam, b['plan'].idx
+            y,y1 = b['yb'][0], b['yb'][0][idx]
+            if isinstance(cb, MixUp): close(b['loss'], lam*loss_func(b['pred'], y) + (1-lam)*loss_func(b['pred'], y1))
+            else:
+                pasted = (b['mixed'][0] != b['xb'][0]).any(1)
+                close(b['loss'], loss_func(b['pred'], torch.where(pasted, y1, y)))
+
+def two_targets(p, y, t, reduction='mean'):
+    u = F.cross_entropy(p[:,:C], y, reduction='none') + F.mse_loss(p[:,C], t, reduction='none')
+    return u.mean() if reduction=='mean' else u
+
+def test_class_and_number_together():
+    dls = mk_dls([torch.randn(32, 6)], [torch.randint(0, C, (32,)), torch.randn(32)])
+    for b in fit(two_targets, dls, nn.Linear(6, C+1)):
+        plan,(y,t),p = b['plan'], b['yb'], b['pred'].detach()
+        lam = plan.lam
+        want = lam*F.cross_entropy(p[:,:C], y, reduction='none') + (1-lam)*F.cross_entropy(p[:,:C], y[plan.idx], reduction='none')
+        close(b['loss'], (want + (p[:,C] - lam*t - (1-lam)*t[plan.idx])**2).mean())
+
+class Aux(nn.Module):
+    "A head and an auxiliary head"
+    def __init__(self):
+        super().__init__()
+        self.a,self.b = nn.Linear(6, C), nn.Linear(6, C)
+    def forward(self, x): return self.a(x), self.b(x)
+
+def aux_loss(p, y, reduction='mean'): return F.cross_entropy(p[0], y, reduction=reduction) + .4*F.cross_entropy(p[1], y, reduction=reduction)
+
+def test_auxiliary_head():
+    for b in fit(aux_loss, model=Aux()):
+        args = [(b['plan'], p.detach(), b['yb'][0]) for p in b['pred']]
+        close(b['loss'], mean_of(ce(), *args[0]) + .4*mean_of(ce(), *args[1]))
+
+@pytest.mark.parametrize('y_int', [True, False])
+def test_the_user_can_override(y_int):
+    "L1 of blended numbers is not the blend of L1s"
+    dls = mk_dls([torch.randn(32, 6)], [torch.randn(32,1)])
+    for b in fit(F.l1_loss, dls, nn.Linear(6, 1), MixUp(1., y_int=y_int)):
+        lam,y,p = b['plan'].lam[:,None], b['yb'][0], b['pred'].detach()
+        y1 = y[b['plan'].idx]
+        close(b['loss'], (lam*(p-y).abs() + (1-lam)*(p-y1).abs()).mean() if y_int else (p - lam*y - (1-lam)*y1).abs().mean())
+
+def test_gradient():
+    "The gradient of the mixed loss is that of cross-entropy with the mixed one-hot target"
+    pred,y = torch.randn(8, C, requires_grad=True), torch.randint(0, C, (8,))
+    plan = Blend(1.).draw(pred.detach())
+    g, = torch.autograd.grad(MixLoss(CrossEntropyLossFlat())(pred, y, plan=plan), pred)
+    one_hot = torch.eye(C)[y]
+    torch.testing.assert_close(g, (pred.softmax(1) - plan.lam[:,None]*one_hot - (1-plan.lam[:,None])*one_hot[plan.idx]).detach()/8)

@@ -1,0 +1,88 @@
+"The site as a reader sees it: every page in a browser, from a plain web server, without the rest of the network"
+import shutil, subprocess, sys
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import pytest
+
+pytest.importorskip('smalldocs', reason='The site needs Python 3.11 or newer')
+from playwright.sync_api import sync_playwright
+
+class Quiet(SimpleHTTPRequestHandler):
+    "A web server that doesn't log"
+    def log_message(self, *args): pass
+
+@pytest.fixture(scope='module')
+def site(root):
+    "The site, built afresh"
+    res = subprocess.run([sys.executable, 'nbs/_build.py', 'docs'], cwd=root, capture_output=True, text=True)
+    assert res.returncode==0, f'make docs failed:\n{res.stdout}{res.stderr}'
+    return root/'_docs'
+
+@pytest.fixture(scope='module')
+def url(site):
+    "Its address while the tests run"
+    with ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=site)) as srv:
+        Thread(target=srv.serve_forever, daemon=True).start()
+        yield f'http://127.0.0.1:{srv.server_port}/'
+        srv.shutdown()
+
+@pytest.fixture(scope='module')
+def browser():
+    exe = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+    if not exe: pytest.fail('Install Chromium to look at the site: apt-get install chromium')
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=exe)
+        yield browser
+        browser.close()
+
+@pytest.fixture
+def page(browser, url):
+    "A page of the browser, and in `page.faults` what went wrong on it"
+    page = browser.new_page()
+    page.faults = []
+    def fault(o): page.faults.append(o)
+    page.on('console', lambda o: fault(o.text) if o.type in ('error', 'warning') else None)
+    page.on('pageerror', lambda o: fault(str(o)))
+    page.on('requestfailed', lambda o: fault(f'failed: {o.url}'))
+    page.on('request', lambda o: None if o.url.startswith((url, 'data:')) else fault(f'another host: {o.url}'))
+    yield page
+    page.close()
+
+@pytest.mark.parametrize('scheme,width', [('light', 1280), ('dark', 1280), ('light', 390)])
+def test_pages(site, url, page, scheme, width):
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size(dict(width=width, height=900))
+    names = [o.relative_to(site).as_posix() for o in site.rglob('*.html')]
+    assert {'index.html', 'core.html'} <= set(names)
+    for name in names:
+        page.goto(url+name, wait_until='networkidle')
+        pics = page.eval_on_selector_all('img', 'els => els.filter(o => !o.naturalWidth).map(o => o.outerHTML.slice(0, 99))')
+        assert not pics, f'{name} has pictures that do not load: {pics}'
+        assert page.evaluate('document.documentElement.scrollWidth <= innerWidth'), f'{name} is wider than the screen'
+        body = page.inner_text('body')
+        assert '\\(' not in body and '\\[' not in body, f'{name} has a formula that is not drawn'
+        assert not page.faults, f'{name}: {page.faults}'
+
+def test_search(url, page):
+    page.goto(url)
+    page.fill('input[type=search]', 'MixUp')
+    page.wait_for_selector('.search-result:has-text("MixUp")')
+    page.click('.search-result:has-text("MixUp") >> nth=0')
+    page.wait_for_load_state()
+    assert 'MixUp' in page.inner_text('main')
+
+def test_symbol(url, page):
+    "A name in backticks leads to its definition"
+    page.goto(url)
+    page.click('main a:has(code:text-is("MixUp")) >> nth=0')
+    page.wait_for_url('**/callback.html#mixup')
+    assert page.locator(':target').inner_text().startswith('MixUp')
+    assert not page.faults
+
+def test_sidebar(site, url, page):
+    "Every page is one click away"
+    page.goto(url)
+    hrefs = page.eval_on_selector_all('#quarto-sidebar a', 'els => els.map(o => o.href.split("#")[0])')
+    assert {url+o.relative_to(site).as_posix() for o in site.rglob('*.html')} <= {o+'index.html' if o.endswith('/') else o for o in hrefs}
