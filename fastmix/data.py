@@ -10,14 +10,24 @@ from __future__ import annotations
 from fastai.vision.all import *
 
 # %% auto #0
-__all__ = ['digit_images', 'corrupt_labels', 'image_dls']
+__all__ = ['digit_images', 'folder_images', 'corrupt_labels', 'image_dls']
 
-# %% ../nbs/04_data.ipynb #38d6367b
-def digit_images() -> tuple: # 1,797 arrays of (8,8,3), uint8, and as many labels, `'0'` to `'9'`
+# %% ../nbs/04_data.ipynb #944ae337
+def digit_images() -> tuple: # 1,797 arrays of (8,8,3), uint8, and as many labels, 'zero' to 'nine'
     "scikit-learn's scanned digits"
     from sklearn.datasets import load_digits
-    d = load_digits()
-    return list((d.images*255/16).round().astype(np.uint8)[...,None].repeat(3, -1)),d.target.astype(str).tolist()
+    d,words = load_digits(),'zero one two three four five six seven eight nine'.split()
+    return list((d.images*255/16).round().astype(np.uint8)[...,None].repeat(3, -1)),[words[i] for i in d.target]
+
+# %% ../nbs/04_data.ipynb #12de82f8
+def folder_images(
+    folder:str, # One subfolder for each class
+) -> tuple: # Paths of the pictures, and as many labels, the names of their folders
+    "The pictures below `folder`"
+    paths = get_image_files(folder).sorted()
+    labels = [o.parent.name for o in paths]
+    if (n := len(set(labels)))<2: raise ValueError(f'{folder} must hold a subfolder for each of two or more classes, but pictures of {n} were found')
+    return list(paths),labels
 
 # %% ../nbs/04_data.ipynb #2073b137
 def corrupt_labels(

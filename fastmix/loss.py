@@ -135,7 +135,7 @@ def lerp_loss(
         'mix with one λ for the batch, `per_batch=True`')
     return sum(k*_lerp_unreduced(f, plan, pred, yb, yb1) for k,f in loss_terms(loss_func))
 
-# %% ../nbs/02_loss.ipynb #2737a649
+# %% ../nbs/02_loss.ipynb #146bb45f
 def check_mean(
     loss_func, # Loss, as a fastai `Learner` takes it
     plan:Plan, # How the batch was mixed
@@ -146,7 +146,7 @@ def check_mean(
     def known(f): return (f if inspect.isfunction(f) else type(f)).__module__.startswith(('torch.nn.', 'fastai.losses', 'functools'))
     if all(map(known, loss_layers(loss_func))): return
     with torch.no_grad(): want,got = loss_func(pred, *yb),_lerp_unreduced(loss_func, Plan(torch.ones_like(plan.lam), plan.idx), pred, yb, yb)
-    if not torch.allclose(got, want.to(got.dtype), rtol=1e-2, equal_nan=True): raise ValueError(
+    if not torch.allclose(got, want.to(got.dtype), rtol=torch.finfo(want.dtype).eps**.5, equal_nan=True): raise ValueError(
         f'{loss_func} gives {want.item():.4g}, but its unreduced values reduce to {got.item():.4g} by its own `reduction`, '
         'so it can not be mixed sample by sample: mix with one λ for the batch, `per_batch=True`')
 

@@ -2,7 +2,6 @@
 import torch
 from torch import nn
 from fastai.callback.core import Callback
-from fastai.callback.progress import ProgressCallback   # brings `no_bar`
 from fastai.data.core import DataLoaders, Datasets
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
@@ -30,10 +29,12 @@ def class_dls(n=32, n_in=6, c=4, bs=8, seed=0, **kwargs):
 
 def mk_learn(dls, model=None, loss_func=None, **kwargs):
     set_seed(0)
-    return Learner(dls, model or nn.Linear(6, 4), loss_func=loss_func or nn.CrossEntropyLoss(), **kwargs)
+    learn = Learner(dls, model or nn.Linear(6, 4), loss_func=loss_func or nn.CrossEntropyLoss(), **kwargs)
+    # fastai's progress bar, there once anybody has imported it, breaks by itself when a fit is cancelled before it has begun
+    return learn.remove_cbs([cb for cb in learn.cbs if cb.name=='progress'])
 
 def quiet_fit(learn, n_epoch=1, **kwargs):
-    with learn.no_bar(), learn.no_logging(): learn.fit(n_epoch, **kwargs)
+    with learn.no_logging(): learn.fit(n_epoch, **kwargs)
     return learn
 
 def vector(i): return torch.full((6,), i/32).sin()

@@ -3,11 +3,10 @@ import copy, pickle, random, sys
 import numpy as np, pytest, torch, torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parameters_to_vector
-from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException,
-                                  CancelStepException, CancelTrainException, CancelValidException, event)
+from fastai.callback.core import Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException
+from fastai.callback.core import CancelStepException, CancelTrainException, CancelValidException
 from fastai.callback.mixup import MixUp as FastaiMixUp
 from fastai.callback.training import GradientAccumulation
-from fastai.callback import schedule
 from fastai.learner import load_learner
 from fastai.losses import CrossEntropyLossFlat, MSELossFlat
 from fastai.torch_core import TensorImage, set_seed
@@ -34,8 +33,10 @@ def test_batch_sizes(n):
 @pytest.mark.parametrize('dtype,tol', [(torch.float16, 1e-3), (torch.bfloat16, 8e-3), (torch.float64, 1e-7), (torch.uint8, .5+1e-4)], ids=str)
 def test_dtypes(cb, dtype, tol):
     class Net(nn.Module):
-        def __init__(self): super().__init__(); self.l = nn.Linear(3*6*5, 4)
-        def forward(self, x): assert x.dtype==dtype; return self.l(x.float().flatten(1))
+        def __init__(self):
+            super().__init__()
+            self.l = nn.Linear(3*6*5, 4)
+        def forward(self, x): return self.l(x.float().flatten(1))
     x = torch.rand(24, 3, 6, 5)
     x = (x*255).byte() if dtype==torch.uint8 else x.to(dtype)
     for b in quiet_fit(mk_learn(mk_dls([x], [torch.randint(0, 4, (24,))]), Net(), cbs=[cb(), Record()])).record.batches:
@@ -59,7 +60,10 @@ def test_channels_last_and_class_are_kept():
         assert learn.look.kept == (True, TensorImage)
 
 class Two(nn.Module):
-    def __init__(self): super().__init__(); self.a,self.b = nn.Linear(3*4*4, 4), nn.Linear(5, 4)
+    "A picture and a table"
+    def __init__(self):
+        super().__init__()
+        self.a,self.b = nn.Linear(3*4*4, 4),nn.Linear(5, 4)
     def forward(self, x, t): return self.a(x.flatten(1)) + self.b(t)
 
 @pytest.mark.parametrize('cb', [MixUp(1.), CutMix(1.), OneOf(MixUp(1.), CutMix(1.))], ids=repr)
@@ -94,7 +98,9 @@ def test_a_float_mask_is_cut_not_blended():
 
 class Autocast(Callback):
     order,run_valid = 10,False
-    def before_batch(self): self.ctx = torch.autocast('cpu', dtype=torch.bfloat16); self.ctx.__enter__()
+    def before_batch(self):
+        self.ctx = torch.autocast('cpu', dtype=torch.bfloat16)
+        self.ctx.__enter__()
     def after_loss(self): self.ctx.__exit__(None, None, None)
 
 def test_autocast():
@@ -141,21 +147,25 @@ def test_two_mixers():
 # Every way out of a fit
 
 class Stop(Callback):
-    "Raise `ex` in `event`, in training, once"
-    def __init__(self, name, ex, order=0): self.order = order; setattr(self, name, self.stop); self.ex,self.done = ex,False
+    "Raise `ex` once, at the event `name`"
+    def __init__(self, name, ex, order=0):
+        self.order,self.stop_by = order,ex
+        setattr(self, name, self.stop)
     def stop(self):
-        if not self.done and (self.training or 'validate' in str(self.ex)): self.done = True; raise self.ex
+        ex,self.stop_by = self.stop_by,None
+        if ex: raise ex
 
 class StopNet(nn.Linear):
+    "Raise `ex` in the forward pass"
     ex = None
     def forward(self, x):
-        if self.ex and self.training: ex,self.ex = self.ex,None; raise ex
+        if self.ex: raise self.ex
         return super().forward(x)
 
 ways = 'before_fit before_epoch before_train before_batch after_pred after_loss before_backward after_backward before_step after_step \
     after_batch after_train before_validate after_validate after_epoch after_fit'.split()
-cancels = (CancelFitException, CancelEpochException, CancelTrainException, CancelValidException, CancelBatchException, CancelStepException,
-           CancelBackwardException)
+cancels = CancelFitException,CancelEpochException,CancelTrainException,CancelBatchException,CancelBackwardException
+cancels += CancelStepException,CancelValidException
 excs = [*cancels, KeyboardInterrupt, RuntimeError]
 
 def check_own(learn, own):
@@ -194,7 +204,7 @@ def test_ways_out(ex, for_this_fit):
 def test_lr_find_and_fine_tune(tmp_path):
     own = CrossEntropyLossFlat()
     learn = mk_learn(class_dls(n=64), loss_func=own, cbs=MixUp(1.), path=tmp_path)
-    with learn.no_bar(), learn.no_logging():
+    with learn.no_logging():
         learn.lr_find(num_it=10, show_plot=False)
         assert learn.loss_func is own
         learn.fine_tune(1)
@@ -264,8 +274,8 @@ def test_a_learner_trained_by_one_mixed_fit_loads_without_fastmix(tmp_path, monk
 
 def test_the_callback_pickles_and_copies_without_a_batch():
     for cb,attrs in (MixUp(.3, per_batch=True, fold=False), dict(alpha=.3, per_batch=True, fold=False)), (CutMix(.7), dict(alpha=.7, fold=False)):
-        learn = mk_learn(mk_dls([torch.rand(512, 3, 16, 16)], [torch.randint(0, 4, (512,))], bs=256),
-                         nn.Sequential(nn.Flatten(), nn.Linear(3*256, 4)))
+        dls = mk_dls([torch.rand(512, 3, 16, 16)], [torch.randint(0, 4, (512,))], bs=256)
+        learn = mk_learn(dls, nn.Sequential(nn.Flatten(), nn.Linear(3*256, 4)))
         quiet_fit(learn, cbs=cb)
         file = pickle.dumps(cb)
         assert len(file) < 4096
@@ -276,8 +286,9 @@ def test_the_callback_pickles_and_copies_without_a_batch():
 # Randomness
 
 def weights(*cbs, seed=None, learn=None):
-    learn = learn or mk_learn(mk_dls([torch.arange(32*36.).view(32,1,6,6).sin()], [torch.arange(32)%4], shuffle=True),
-                              nn.Sequential(nn.Flatten(), nn.Linear(36, 4)))
+    if not learn:
+        dls = mk_dls([torch.arange(32*36.).view(32,1,6,6).sin()], [torch.arange(32)%4], shuffle=True)
+        learn = mk_learn(dls, nn.Sequential(nn.Flatten(), nn.Linear(36, 4)))
     if seed is not None: set_seed(seed)
     lams = []
     class Lam(Callback):

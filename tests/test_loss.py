@@ -2,8 +2,8 @@
 from functools import partial
 import pytest, torch, torch.nn.functional as F
 from torch import nn
-from fastai.losses import (BCEWithLogitsLossFlat, CrossEntropyLossFlat, DiceLoss, FocalLossFlat, L1LossFlat, LabelSmoothingCrossEntropy,
-                           LabelSmoothingCrossEntropyFlat, MSELossFlat)
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, DiceLoss, FocalLossFlat, L1LossFlat, LabelSmoothingCrossEntropy
+from fastai.losses import LabelSmoothingCrossEntropyFlat, MSELossFlat
 from fastmix.callback import CutMix, MixUp
 from fastmix.core import BlendPlan
 from fastmix.loss import MixLoss
@@ -44,19 +44,16 @@ def fit(loss_func, dls=None, model=None, cb=None):
     assert learn.loss_func is loss_func and batches
     return batches
 
-FL = FocalLossFlat
-LS = LabelSmoothingCrossEntropyFlat
-class_losses = [
-    (CrossEntropyLossFlat(), ce()), (CrossEntropyLossFlat(weight=w), ce(w)), (CrossEntropyLossFlat(ignore_index=2), ce(ignore=2)),
-    (CrossEntropyLossFlat(weight=w, ignore_index=1), ce(w, ignore=1)), (CrossEntropyLossFlat(weight=w, reduction='sum'), ce(w)),
-    (LS(), ce(smooth=.1)), (LS(eps=.3, reduction='sum'), ce(smooth=.3)), (LabelSmoothingCrossEntropy(), ce(smooth=.1)),
-    (FL(), ce(gamma=2.)), (FL(weight=w), ce(w, gamma=2.)), (FL(gamma=1., reduction='sum'), ce(gamma=1.)),
-    (nn.CrossEntropyLoss(), ce()), (nn.CrossEntropyLoss(w), ce(w)), (nn.CrossEntropyLoss(ignore_index=0), ce(ignore=0)),
-    (nn.CrossEntropyLoss(label_smoothing=.2), ce(smooth=.2)), (nn.CrossEntropyLoss(w, label_smoothing=.2, ignore_index=3), ce(w, .2, ignore=3)),
-    (nn.CrossEntropyLoss(w, reduction='sum'), ce(w)),
-    (F.cross_entropy, ce()), (partial(F.cross_entropy, weight=w), ce(w)), (partial(F.cross_entropy, ignore_index=1, weight=w), ce(w, ignore=1)),
-    (partial(F.cross_entropy, reduction='sum'), ce()), (partial(F.cross_entropy, label_smoothing=.1), ce(smooth=.1)),
-]
+CE,FL,LS = CrossEntropyLossFlat,FocalLossFlat,LabelSmoothingCrossEntropyFlat
+class_losses = [(CE(), ce()), (CE(weight=w), ce(w)), (CE(ignore_index=2), ce(ignore=2)), (CE(weight=w, ignore_index=1), ce(w, ignore=1)),
+    (CE(weight=w, reduction='sum'), ce(w))]
+class_losses += [(LS(), ce(smooth=.1)), (LS(eps=.3, reduction='sum'), ce(smooth=.3)), (LabelSmoothingCrossEntropy(), ce(smooth=.1)),
+    (FL(), ce(gamma=2.)), (FL(weight=w), ce(w, gamma=2.)), (FL(gamma=1., reduction='sum'), ce(gamma=1.))]
+class_losses += [(nn.CrossEntropyLoss(), ce()), (nn.CrossEntropyLoss(w), ce(w)), (nn.CrossEntropyLoss(ignore_index=0), ce(ignore=0)),
+    (nn.CrossEntropyLoss(w, reduction='sum'), ce(w)), (nn.CrossEntropyLoss(label_smoothing=.2), ce(smooth=.2)),
+    (nn.CrossEntropyLoss(w, label_smoothing=.2, ignore_index=3), ce(w, .2, ignore=3))]
+class_losses += [(F.cross_entropy, ce()), (partial(F.cross_entropy, weight=w), ce(w)), (partial(F.cross_entropy, ignore_index=1, weight=w), ce(w, ignore=1)),
+    (partial(F.cross_entropy, reduction='sum'), ce()), (partial(F.cross_entropy, label_smoothing=.1), ce(smooth=.1))]
 
 @pytest.mark.parametrize('per_batch', [False, True])
 @pytest.mark.parametrize('loss_func,u', class_losses, ids=str)
@@ -93,7 +90,7 @@ def test_multi_label(loss_func, pw, dtype):
 
 @pytest.mark.parametrize('shape', [(32,), (32,1)])
 @pytest.mark.parametrize('loss_func,f', [(MSELossFlat(), torch.square), (L1LossFlat(), torch.abs), (F.mse_loss, torch.square),
-                                         (nn.L1Loss(reduction='sum'), torch.abs)], ids=str)
+    (nn.L1Loss(reduction='sum'), torch.abs)], ids=str)
 def test_regression(loss_func, f, shape):
     model = nn.Sequential(nn.Linear(6, 1), nn.Flatten(0)) if len(shape)==1 else nn.Linear(6, 1)
     for b in fit(loss_func, mk_dls([torch.randn(32, 6)], [torch.randn(shape)]), model):

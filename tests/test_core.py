@@ -1,0 +1,76 @@
+"Properties of λ, partners, blends and boxes, over many draws"
+import math
+import numpy as np, pytest, scipy.stats, torch
+from hypothesis import given, settings, strategies as st
+from fastmix.core import BlendPlan, CutPlan, blend, box_mask, draw_boxes, draw_lam, draw_partners
+from fastmix.mixes import Blend, Choice, Cut, Mix
+
+rng = np.random.default_rng(0)
+sizes = st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple)
+
+@pytest.mark.parametrize('alpha', [.1, .4, 1., 8.])
+def test_lam_is_beta(alpha):
+    "In twenty bins, folded or not, as SciPy's distribution function says"
+    n,edges = 20_000, np.linspace(0, 1, 21)
+    want = n*np.diff(scipy.stats.beta(alpha, alpha).cdf(edges))
+    assert scipy.stats.chisquare(np.histogram(draw_lam(n, alpha, rng, fold=False), edges)[0], want).pvalue > 1e-3
+    assert scipy.stats.chisquare(np.histogram(draw_lam(n, alpha, rng), edges[10:])[0], 2*want[10:]).pvalue > 1e-3
+
+@settings(deadline=None)
+@given(st.floats(0, 1e6), st.booleans(), st.booleans(), st.integers(1, 9))
+def test_any_alpha(alpha, per_batch, fold, bs):
+    "λ is a share, the partners are a permutation, and a mixture lies between the two"
+    x = torch.rand(bs, 3, 4, 5)
+    for mix in Blend(alpha, per_batch, fold), Cut(alpha, per_batch, fold):
+        plan = mix.draw(x)
+        assert ((plan.lam>=0) & (plan.lam<=1)).all() and len(plan.lam) in ((1,) if per_batch or not alpha else (bs,))
+        assert plan.idx.sort().values.equal(torch.arange(bs))
+        res,x1 = plan.mix(x), x[plan.idx]
+        assert (res >= torch.minimum(x, x1)-1e-6).all() and (res <= torch.maximum(x, x1)+1e-6).all()
+        if fold and isinstance(plan, BlendPlan): assert (plan.lam>=.5).all()
+
+def test_partners_are_uniform():
+    counts = torch.zeros(5, 5)
+    for _ in range(5000): counts[torch.arange(5), draw_partners(5, rng)] += 1
+    assert scipy.stats.chisquare(counts.flatten().numpy()).pvalue > 1e-3
+
+@settings(deadline=None)
+@given(sizes, st.floats(0, 1))
+def test_lam_of_a_cut_is_the_true_share(size, lam):
+    n = 16
+    plan = CutPlan(draw_boxes(torch.full((n,), lam), size, rng), draw_partners(n, rng), size)
+    x = torch.arange(float(n)).view(-1, *[1]*(len(size)+1)).expand(n, 2, *size)
+    torch.testing.assert_close(plan.mix(x).flatten(1).mean(1), plan.lam*torch.arange(n) + (1-plan.lam)*plan.idx)
+    if lam==1: assert plan.mix(x).equal(x)
+
+@pytest.mark.parametrize('size', [(8,8), (1,12), (12,1), (11,), (5,4,3)], ids=str)
+@pytest.mark.parametrize('lam', [.1, .5, .95])
+def test_boxes_against_the_paper(size, lam):
+    "The mean area is that of a box of sides √(1-λ), centred anywhere and clipped, by Monte Carlo; every pixel is pasted"
+    n,side = 40_000, (1-lam)**(1/len(size))
+    c = rng.random((n, len(size)))
+    want = (np.minimum(c+side/2, 1) - np.maximum(c-side/2, 0)).prod(1)
+    mask = box_mask(draw_boxes(torch.full((n,), lam), size, rng), size)
+    area = mask.flatten(1).double().mean(1)
+    assert abs(area.mean()-want.mean()) < 4*math.hypot(area.std(), want.std())/n**.5
+    assert mask.any(0).all()
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8], ids=str)
+def test_blend_rounds_once(dtype):
+    x,x1 = torch.rand(2, 8, 3, 9)*200
+    x,x1,lam = x.to(dtype), x1.to(dtype), torch.rand(8)
+    want = lam.double()[:,None,None]*x.double() + (1-lam.double()[:,None,None])*x1.double()
+    got = blend(x, x1, lam)
+    assert got.dtype==dtype and blend(x, x1, torch.ones(1)).equal(x)
+    ulp = .5 if dtype==torch.uint8 else 200*torch.finfo(dtype).eps
+    assert (got.double()-want).abs().max() <= ulp*1.01 + 1e-4
+
+def test_a_choice_has_one_stream():
+    "Repeatable as one: the parts draw from the stream of the whole"
+    whole,x = Choice([Blend(), Cut(), Mix()], p=[.4,.4,.2]), torch.rand(4, 3, 8, 8)
+    torch.manual_seed(1)
+    whole.reseed()
+    a = [whole.draw(x).lam for _ in range(20)]
+    torch.manual_seed(1)
+    whole.reseed()
+    assert all(o.equal(whole.draw(x).lam) for o in a)

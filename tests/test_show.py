@@ -1,0 +1,54 @@
+"Captions and pictures tell what the network is fed"
+import matplotlib.pyplot as plt, pytest, torch
+from fastai.data.block import DataBlock
+from fastai.vision.all import ImageBlock, MaskBlock, PILMask, PointBlock
+from fastmix.all import CutMix, MixUp, OneOf, digit_images, image_dls
+from fastmix.show import mix_caption
+
+images,labels = digit_images()
+
+@pytest.fixture(autouse=True)
+def close():
+    yield
+    plt.close('all')
+
+@pytest.fixture(scope='module')
+def dls(): return image_dls(images[:200], labels[:200], bs=16, num_workers=0)
+
+def shown(): return [ax for ax in plt.gcf().axes if ax.images]
+
+@pytest.mark.parametrize('mixer', [MixUp(1.), CutMix(1.), MixUp(1., per_batch=True)], ids=repr)
+def test_captions_name_the_plan(mixer, dls, monkeypatch):
+    "Each caption holds both labels with the shares of the very plan that mixed the picture"
+    plans,draw,b = [], mixer.mix.draw, dls.one_batch()
+    monkeypatch.setattr(mixer.mix, 'draw', lambda *args, **kwargs: plans.append(draw(*args, **kwargs)) or plans[-1])
+    mixer.show_mix(dls, b, max_n=5)
+    (plan,), axs = plans, shown()
+    assert len(axs)==5
+    for i,ax in enumerate(axs):
+        lam = plan.lam.expand(16)[i].item()
+        assert ax.get_title()==mix_caption(lam, dls.vocab[b[1][i]], dls.vocab[b[1][plan.idx[i]]])
+        want = 255*torch.Tensor(plan.mix(b[0])[i]).permute(1, 2, 0)
+        torch.testing.assert_close(torch.as_tensor(ax.images[0].get_array()).float(), want, rtol=0, atol=1.)
+
+def test_alpha_zero_shows_plain_labels(dls):
+    MixUp(0).show_mix(dls, max_n=3)
+    assert {ax.get_title() for ax in shown()} <= set(dls.vocab)
+
+def test_masks():
+    block = DataBlock((ImageBlock, MaskBlock), get_x=lambda i: images[i], get_y=lambda i: PILMask.create((images[i][...,0]>96).astype('uint8')))
+    seg = block.dataloaders(range(40), bs=8, num_workers=0)
+    MixUp(1.).show_mix(seg, max_n=4)
+    assert all(len(ax.images)==3 and 'mask' in ax.get_title() for ax in shown())
+    plt.close('all')
+    CutMix(1.).show_mix(seg, max_n=4)
+    assert all(len(ax.images)==2 and not ax.get_title() for ax in shown())
+
+def test_points():
+    block = DataBlock((ImageBlock, PointBlock), get_x=lambda i: images[i], get_y=lambda i: [[1., 2.], [3., 4.]])
+    pts = block.dataloaders(range(40), bs=8, num_workers=0)
+    with pytest.raises(ValueError, match='MixUp'): CutMix().show_mix(pts)
+
+def test_plot_lam_draws_each_part_of_a_combination():
+    ax = OneOf(MixUp(.4), CutMix(1.)).plot_lam()
+    assert [t.get_text() for t in ax.get_legend().get_texts()]==['α = 0.4', 'α = 1']
