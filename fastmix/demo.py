@@ -84,7 +84,7 @@ def plot_curves(
     axs[0][-1].legend()
     return fig
 
-# %% ../nbs/20_demo.ipynb #f14735bd
+# %% ../nbs/20_demo.ipynb #13a5a648
 @call_parse
 def demo(
     alpha:float=.4, # Of MixUp
@@ -102,7 +102,7 @@ def demo(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     def mk_dls(noise, seed): return image_dls(images, labels, noise, seed=seed, size=size, num_workers=0)
-    MixUp(alpha).show_mix(mk_dls(0, 1), max_n=8, nrows=2, figsize=(9,4.2))
+    MixUp(alpha).show_mix(mk_dls(0, 1), max_n=8, nrows=2, figsize=(11,5.6))
     plt.savefig(out/'mixed_batch.png', dpi=80, bbox_inches='tight')
     runs = run_all(mk_dls, alpha, epochs, seeds, [0,noise] if noise else [0])
     plot_curves(runs).savefig(out/'curves.png', dpi=80, bbox_inches='tight')
