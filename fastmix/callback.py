@@ -21,7 +21,7 @@ from .loss import *
 # %% auto #0
 __all__ = ['MixHandler', 'check_batch', 'MixUp', 'CutMix', 'OneOf']
 
-# %% ../nbs/03_callback.ipynb #0d2c6696
+# %% ../nbs/03_callback.ipynb #80f4f612
 class MixHandler(Callback):
     "Mix training batches, and their loss, by `mix`; validation, prediction and export see the learner's own loss"
     run_valid,_stateattrs = False,('plan','mix_loss')
@@ -31,8 +31,12 @@ class MixHandler(Callback):
         y_int:bool=None, # Mix the losses (True) or the targets (False)? Else as the loss and the target's type say
     ): self.mix,self.y_int,self.told = mix,y_int,False
 
+    def __setattr__(self, name, value):
+        if name=='learn' and value is None and self.learn is not None: self.own_loss()   # taken off the learner
+        super().__setattr__(name, value)
+
     def before_fit(self):
-        "Refuse a second mixer, begin a new random stream"
+        "Put the learner's own loss back, if an exception has left the mixed one; refuse a second mixer; begin a new random stream"
         self.own_loss()
         mixers = [cb for cb in self.learn.cbs if isinstance(cb, (MixHandler,fastai_mixup.MixHandler))]
         if len(mixers)>1: raise ValueError(
@@ -69,10 +73,6 @@ class MixHandler(Callback):
 
     def after_train(self):
         "Put the learner's own loss back"
-        self.own_loss()
-
-    def before_validate(self):
-        "Put the learner's own loss back, if an exception has left the mixed one"
         self.own_loss()
 
     def after_epoch(self):
@@ -148,18 +148,12 @@ class OneOf(MixHandler):
         y_int:bool=None, # Mix the losses (True) or the targets (False)? Else as the loss and the target's type say
     ): super().__init__(Choice([m.mix for m in mixers], p), y_int)
 
-# %% ../nbs/03_callback.ipynb #7714a8e8
-@patch
-def __setattr__(self:MixHandler, name, value):
-    if name=='learn' and value is None and self.learn is not None: self.own_loss()
-    Callback.__setattr__(self, name, value)
-
-# %% ../nbs/03_callback.ipynb #5c43a94e
+# %% ../nbs/03_callback.ipynb #dc6f1799
 def _for_this_fit(cb):
     "Is `cb` one of the `cbs` of a `Learner.fit` that is running?"
     f = sys._getframe()
     while f := f.f_back:
-        if f.f_code is Learner.fit.__code__ and any(o in (cb,type(cb)) for o in L(f.f_locals['cbs'])): return True
+        if f.f_code is Learner.fit.__code__ and any(o in (cb,type(cb)) for o in L(f.f_locals.get('cbs'))): return True
     return False
 
 _learner_state = Learner.__getstate__

@@ -42,14 +42,15 @@ def show_mixed_target(
     for o,share in ((y,lam),(y1,1-lam)): o.show(ctx=ctx, alpha=.7*share)
     return f'{lam:.2f} own mask + {1-lam:.2f} partner'
 
-# %% ../nbs/05_show.ipynb #8bfe2be7
+# %% ../nbs/05_show.ipynb #6463bc44
 @patch
-@delegates(get_grid)
 def show_mix(self:MixHandler,
     dls:DataLoaders, # Where the batch comes from, and how it is decoded
     b:tuple=None, # Batch to mix, as the loader gives it; one of the training set by default
     max_n:int=9, # Show so many pictures at most
-    **kwargs # For the grid of axes
+    nrows:int=None, # Rows of the grid
+    ncols:int=None, # Columns of the grid
+    figsize:tuple=None, # Width and height of the picture, in inches
 ):
     "Show a training batch as the network is fed it, each picture captioned with its targets and their shares"
     b = ifnone(b, dls.one_batch())
@@ -60,26 +61,27 @@ def show_mix(self:MixHandler,
     items  = decode([y if w else plan.mix(y) for y,w in zip(yb, weighed)])
     items1 = decode([y[plan.idx] for y in yb])
     if not hasattr(items[0][0], 'show'): raise TypeError(f'show_mix shows pictures, but the input is a {type(items[0][0]).__name__}')
-    for item,item1,lam,ctx in zip(items, items1, plan.lam.expand(len(plan.idx)).tolist(), get_grid(len(items), **kwargs)):
+    for item,item1,lam,ctx in zip(items, items1, plan.lam.expand(len(plan.idx)).tolist(), get_grid(len(items), nrows, ncols, figsize)):
         for o in item[:dls.n_inp]: ctx = o.show(ctx=ctx)
         pairs = zip(item[dls.n_inp:], item1[dls.n_inp:], weighed)
         captions = [show_mixed_target(y, y1, lam, ctx) if w else y.show(ctx=ctx) and None for y,y1,w in pairs]
         if any(captions): ctx.set_title('\n'.join(fill(o, 26) for o in captions if o))
 
-# %% ../nbs/05_show.ipynb #0ea8b9e1
+# %% ../nbs/05_show.ipynb #cf537b1b
 @patch
-@delegates(get_grid)
 def show_mix(self:Learner,
     b:tuple=None, # Batch to mix, as the loader gives it; one of the training set by default
     max_n:int=9, # Show so many pictures at most
-    **kwargs # For the grid of axes
+    nrows:int=None, # Rows of the grid
+    ncols:int=None, # Columns of the grid
+    figsize:tuple=None, # Width and height of the picture, in inches
 ):
     "Show a training batch as this learner's mixer will feed it to the network"
     mixers = self._grab_cbs(MixHandler)
     if not mixers: raise ValueError(
         'This learner has no mixer to show: give it one, as in learn.add_cb(MixUp(.4)), '
         'or show a mixer without a learner, as in MixUp(.4).show_mix(dls)')
-    mixers[0].show_mix(self.dls, b, max_n, **kwargs)
+    mixers[0].show_mix(self.dls, b, max_n, nrows, ncols, figsize)
 
 # %% ../nbs/05_show.ipynb #d20a34cd
 @patch

@@ -6,6 +6,7 @@ from torch.nn.utils import parameters_to_vector
 from fastai.callback.core import Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException
 from fastai.callback.core import CancelStepException, CancelTrainException, CancelValidException
 from fastai.callback.mixup import MixUp as FastaiMixUp
+from fastai.callback.schedule import valley
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import load_learner
 from fastai.losses import CrossEntropyLossFlat, MSELossFlat
@@ -206,7 +207,7 @@ def test_lr_find_and_fine_tune(tmp_path):
     own = CrossEntropyLossFlat()
     learn = mk_learn(class_dls(n=64), loss_func=own, cbs=MixUp(1.), path=tmp_path)
     with learn.no_logging():
-        learn.lr_find(num_it=10, show_plot=False)
+        learn.lr_find(num_it=10, show_plot=False, suggest_funcs=valley)
         assert learn.loss_func is own
         learn.fine_tune(1)
     check_own(learn, own)
@@ -218,6 +219,14 @@ def test_validation_inside_a_fit_sees_the_users_own_object():
     quiet_fit(mk_learn(class_dls(), loss_func=own, cbs=[MixUp(), Look()]))
     assert {t for t,_ in seen} == {True,False}
     for training,loss_func in seen: assert isinstance(loss_func, MixLoss) if training else loss_func is own
+
+def test_a_cancelled_epoch_gives_the_loss_back_at_its_end():
+    own,seen = CrossEntropyLossFlat(), []
+    class Look(Callback):
+        order = 60
+        def after_epoch(self): seen.append(self.learn.loss_func)
+    quiet_fit(mk_learn(class_dls(), loss_func=own, cbs=[MixUp(), Stop('after_loss', CancelEpochException(), 70), Look()]), 2)
+    assert len(seen)==2 and all(o is own for o in seen)
 
 def test_a_leaked_wrapper_is_harmless_without_its_callback():
     own = CrossEntropyLossFlat()

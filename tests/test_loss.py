@@ -200,6 +200,19 @@ def test_the_user_can_override(y_int):
         y1 = y[b['plan'].idx]
         close(b['loss'], (lam*(p-y).abs() + (1-lam)*(p-y1).abs()).mean() if y_int else (p - lam*y - (1-lam)*y1).abs().mean())
 
+class LossesMixed(nn.L1Loss):
+    y_int = True
+class TargetsBlended(nn.L1Loss):
+    y_int = False
+
+@pytest.mark.parametrize('loss_func,y', [(LossesMixed(), torch.randn(32,1)), (TargetsBlended(), torch.randint(0, 9, (32,1)))], ids=repr)
+def test_a_loss_with_y_int_decides(loss_func, y):
+    "Against the target's type, which says otherwise"
+    for b in fit(loss_func, mk_dls([torch.randn(32, 6)], [y]), nn.Linear(6, 1)):
+        lam,y,p = b['plan'].lam[:,None], b['yb'][0], b['pred'].detach()
+        y1 = y[b['plan'].idx]
+        close(b['loss'], (lam*(p-y).abs() + (1-lam)*(p-y1).abs()).mean() if loss_func.y_int else (p - lam*y - (1-lam)*y1).abs().mean())
+
 def test_gradient():
     "The gradient of the mixed loss is that of cross-entropy with the mixed one-hot target"
     pred,y = torch.randn(8, C, requires_grad=True), torch.randint(0, C, (8,))
