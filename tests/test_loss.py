@@ -4,6 +4,7 @@ import pytest, torch, torch.nn.functional as F
 from torch import nn
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, DiceLoss, FocalLossFlat, L1LossFlat, LabelSmoothingCrossEntropy
 from fastai.losses import LabelSmoothingCrossEntropyFlat, MSELossFlat
+from fastai.torch_core import TensorBase, TensorCategory
 from fastmix.callback import CutMix, MixUp
 from fastmix.core import BlendPlan
 from fastmix.loss import MixLoss
@@ -190,6 +191,29 @@ def test_auxiliary_head():
     for b in fit(aux_loss, model=Aux()):
         args = [(b['plan'], p.detach(), b['yb'][0]) for p in b['pred']]
         close(b['loss'], mean_of(ce(), *args[0]) + .4*mean_of(ce(), *args[1]))
+
+def test_probabilities():
+    "Cross-entropy is linear in its target, so it is all one whether the losses or the targets are mixed"
+    ys = torch.rand(32, C).softmax(1)
+    for loss_func in nn.CrossEntropyLoss(w), CE(flatten=False, weight=w):
+        for b in fit(loss_func, mk_dls([torch.randn(32, 6)], [ys])):
+            lam,y = b['plan'].lam[:,None], b['yb'][0]
+            y = lam*y + (1-lam)*y[b['plan'].idx]
+            close(b['loss'], -(y*w*logp(b['pred'].detach())).sum(1).mean())
+
+def two_heads(p, y, reduction='mean'):
+    u = torch.cat([F.cross_entropy(o, y, reduction='none') for o in p])
+    return u.mean() if reduction=='mean' else u
+
+def test_a_loss_that_is_not_sample_after_sample_is_refused():
+    with pytest.raises(ValueError, match='per_batch=True'): fit(two_heads, model=Aux())
+    assert fit(two_heads, model=Aux(), cb=MixUp(1., per_batch=True))
+
+def test_fastais_own_tensor_classes_in_a_plain_loop():
+    pred,y = torch.randn(8, C), torch.arange(8)%C
+    plan = Blend(1.).draw(pred)
+    for f in CE(weight=w), nn.CrossEntropyLoss(w, ignore_index=2):
+        close(MixLoss(f)(TensorBase(pred), TensorCategory(y), plan=plan), MixLoss(f)(pred, y, plan=plan))
 
 @pytest.mark.parametrize('y_int', [True, False])
 def test_the_user_can_override(y_int):
