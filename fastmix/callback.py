@@ -21,18 +21,18 @@ from .loss import *
 # %% auto #0
 __all__ = ['MixHandler', 'check_batch', 'MixUp', 'CutMix', 'OneOf']
 
-# %% ../nbs/03_callback.ipynb #80f4f612
+# %% ../nbs/03_callback.ipynb #5ed13478
 class MixHandler(Callback):
     "Mix training batches, and their loss, by `mix`; validation, prediction and export see the learner's own loss"
     run_valid,_stateattrs = False,('plan','mix_loss')
-    plan = mix_loss = None
+    plan,mix_loss,for_this_fit = None,None,False
     def __init__(self,
         mix:Mix, # How to mix
         y_int:bool=None, # Mix the losses (True) or the targets (False)? Else as the loss and the target's type say
     ): self.mix,self.y_int,self.told = mix,y_int,False
 
     def __setattr__(self, name, value):
-        if name=='learn' and value is None and self.learn is not None: self.own_loss()   # taken off the learner
+        if name=='learn': self.move(value)
         super().__setattr__(name, value)
 
     def before_fit(self):
@@ -58,8 +58,9 @@ class MixHandler(Callback):
         self.learn.xb,self.learn.yb = xb,self.mix_loss.arm(self.plan, self.learn.yb)
 
     def after_pred(self):
-        "Expect the targets that the loss is about to be called with"
-        self.mix_loss.targets = self.learn.yb
+        "Check that the targets are still those that the batch was mixed with"
+        if not self.mix_loss.expect(self.learn.yb): raise RuntimeError(
+            f'Another callback has changed the targets after {self!r} mixed the batch: give it a lower `order`, so that it does so before')
 
     def after_loss(self):
         "Check that a mixed batch had its loss mixed"
@@ -104,13 +105,13 @@ def draw(self:MixHandler,
         self.told = True
     return self.mix.draw(max(xb, key=lambda x: x.ndim), per_batch=whole)
 
-# %% ../nbs/03_callback.ipynb #c86416fb
+# %% ../nbs/03_callback.ipynb #17a75de7
 def check_batch(
     xb:tuple, # Inputs
     yb:tuple, # Targets
 ):
     "An error that says what to do if `xb` and `yb` are not all tensors of one length, or hold bounding boxes"
-    for o in xb+yb:
+    for o in (*xb,*yb):
         if not isinstance(o, Tensor): raise TypeError(
             f'Only tensors can be mixed, but the batch holds a {type(o).__name__}: '
             'have the data block give each part as an input or target of its own')
@@ -139,28 +140,43 @@ class CutMix(MixHandler):
         y_int:bool=None, # Mix the losses (True) or the targets (False)? Else as the loss and the target's type say
     ): super().__init__(Cut(alpha, per_batch, fold), y_int)
 
-# %% ../nbs/03_callback.ipynb #fbf092e9
+# %% ../nbs/03_callback.ipynb #e089bff4
 class OneOf(MixHandler):
     "Mix each training batch by one of `mixers`, chosen at random"
     def __init__(self,
         *mixers:MixHandler, # Such as `MixUp(.4)` and `CutMix(1.)`
         p:list=None, # Probability of each; all the same by default
         y_int:bool=None, # Mix the losses (True) or the targets (False)? Else as the loss and the target's type say
-    ): super().__init__(Choice([m.mix for m in mixers], p), y_int)
+    ):
+        if not mixers or not all(isinstance(m, MixHandler) and m.y_int is None for m in mixers): raise ValueError(
+            f'OneOf takes mixers, as in OneOf(MixUp(.4), CutMix(1.)), and y_int itself instead of them, but got {mixers}')
+        super().__init__(Choice([m.mix for m in mixers], p), y_int)
 
-# %% ../nbs/03_callback.ipynb #dc6f1799
-def _for_this_fit(cb):
-    "Is `cb` one of the `cbs` of a `Learner.fit` that is running?"
-    f = sys._getframe()
-    while f := f.f_back:
-        if f.f_code is Learner.fit.__code__ and any(o in (cb,type(cb)) for o in L(f.f_locals.get('cbs'))): return True
-    return False
+# %% ../nbs/03_callback.ipynb #7fc93dd8
+def _adding_for_a_fit():
+    f,added = sys._getframe(),Learner.added_cbs.__wrapped__.__code__
+    while f and f.f_code is not added: f = f.f_back
+    return f is not None
 
+@patch
+def move(self:MixHandler,
+    learn:Learner=None, # The learner that this mixer is being given to; None where it is taken off
+):
+    "Leave the present learner with its own loss. Being given to the same one twice is an error, to another one a warning"
+    if learn is not None and learn is self.learn: raise ValueError(f'This {self!r} is on the learner already, so it need not be added again')
+    if self.learn is not None:
+        self.own_loss()
+        if learn is not None and self in self.learn.cbs:
+            warn(f'{self!r} goes to another learner, and the first one no longer mixes: give each learner a mixer of its own')
+            self.learn.remove_cb(self)
+    self.for_this_fit = learn is not None and _adding_for_a_fit()
+
+# %% ../nbs/03_callback.ipynb #21f46c95
 _learner_state = Learner.__getstate__
 
 @patch
 def __getstate__(self:Learner):
     "The state to pickle, without mixers that are attached for the running fit alone"
-    gone = [cb for cb in self.cbs if isinstance(cb, MixHandler) and _for_this_fit(cb)]
+    gone = [cb for cb in self.cbs if isinstance(cb, MixHandler) and cb.for_this_fit]
     state = {k:v for k,v in _learner_state(self).items() if not any(v is cb for cb in gone)}
     return {**state, 'cbs': self.cbs.filter(lambda cb: cb not in gone)}

@@ -16,12 +16,16 @@ from torch import Tensor
 __all__ = ['private_rng', 'check_alpha', 'draw_lam', 'draw_partners', 'unsqueeze_as', 'blend', 'draw_boxes', 'box_mask', 'Plan',
            'BlendPlan', 'CutPlan']
 
-# %% ../nbs/00_core.ipynb #bb790da5
+# %% ../nbs/00_core.ipynb #1570cbb1
+def _rank():
+    on = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_rank() if on else int(os.environ.get('RANK') or 0)
+
 def private_rng() -> np.random.Generator: # Different in each process of a distributed run
     "A random stream seeded from the state of Python's, NumPy's and torch's global streams, which it does not advance"
     state = random.getstate(),np.random.get_state(),torch.get_rng_state().numpy().tobytes()
     digest = hashlib.blake2b(repr(state[:2]).encode() + state[2], digest_size=16).digest()
-    return np.random.default_rng([int.from_bytes(digest, 'little'), int(os.environ.get('RANK', 0))])
+    return np.random.default_rng([int.from_bytes(digest, 'little'), _rank()])
 
 # %% ../nbs/00_core.ipynb #f3fcd4f1
 def check_alpha(
@@ -133,7 +137,7 @@ class BlendPlan(Plan):
     def mix(self, x): return blend(x, x[self.idx], self.lam)
     def weighs(self, y): return True
 
-# %% ../nbs/00_core.ipynb #56af1b6e
+# %% ../nbs/00_core.ipynb #72094112
 class CutPlan(Plan):
     "A `Plan` that pastes a box of each sample's partner into it"
     def __init__(self,
@@ -146,11 +150,12 @@ class CutPlan(Plan):
         super().__init__((1 - area/math.prod(size)).float(), idx)
 
     def weighs(self, y):
-        if y.shape[-len(self.size):]==self.size and y.ndim>len(self.size): return False
-        if y.ndim<=2: return True
+        dense = y.shape[-len(self.size):]==self.size and y.ndim>len(self.size)
+        unclear = dense and y.ndim==2 and y.is_floating_point()   # values along a signal, or as many labels?
+        if not unclear and (dense or y.ndim<=2): return not dense
         raise ValueError(
             f'Can not cut a tensor of shape {tuple(y.shape)} along with pictures of size {self.size}: '
-            'resize it to theirs in the data block, or blend the batch (`MixUp`) instead of cutting it.')
+            'give it their size (and a channel dimension, for values along a signal), or blend the batch (`MixUp`) instead of cutting it.')
 
     def mix(self, x):
         if self.weighs(x): return blend(x, x[self.idx], self.lam)

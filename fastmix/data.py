@@ -41,7 +41,7 @@ def corrupt_labels(
     for i in rng.permutation(len(labels))[:round(p*len(labels))]: res[i] = vocab[rng.integers(len(vocab))]
     return res
 
-# %% ../nbs/04_data.ipynb #d8719c96
+# %% ../nbs/04_data.ipynb #2f917348
 def image_dls(
     images:list, # Arrays, or paths of picture files
     labels:list, # One for each picture
@@ -54,7 +54,9 @@ def image_dls(
 ) -> DataLoaders:
     "Pictures and labels as `DataLoaders`, with noise in the training labels where wanted"
     train,valid = RandomSplitter(valid_pct, seed=seed)(images)
-    given = dict(enumerate(labels)) | dict(zip(train, corrupt_labels([labels[i] for i in train], noise, seed)))
-    blocks,get_x = (ImageBlock,CategoryBlock(vocab=sorted(set(labels)))),lambda i: images[i]
-    block = DataBlock(blocks, get_x=get_x, get_y=given.get, splitter=IndexSplitter(valid), item_tfms=Resize(size))
-    return block.dataloaders(range(len(images)), bs=bs, **kwargs)
+    given = list(labels)
+    for i,o in zip(train, corrupt_labels([labels[i] for i in train], noise, seed)): given[i] = o
+    bs = min(bs, len(train))   # fastai drops a last batch that is not full
+    blocks = ImageBlock,CategoryBlock(vocab=sorted(set(labels)))
+    block = DataBlock(blocks, get_x=ItemGetter(0), get_y=ItemGetter(1), splitter=IndexSplitter(valid), item_tfms=Resize(size))
+    return block.dataloaders(list(zip(images, given)), bs=bs, **kwargs)

@@ -15,7 +15,7 @@ from .core import *
 # %% auto #0
 __all__ = ['Mix', 'Blend', 'Cut', 'Choice']
 
-# %% ../nbs/01_mixes.ipynb #b96d5acc
+# %% ../nbs/01_mixes.ipynb #5619572c
 class Mix:
     "Base class of the mixes: a random stream, and `draw`, which answers with a `Plan` for each batch. This one leaves batches alone"
     def __init__(self,
@@ -26,7 +26,11 @@ class Mix:
 
     def reseed(self):
         "Begin a new random stream (`private_rng`): the same one after the same `set_seed`"
-        self.rng = private_rng()
+        self.use(private_rng())
+
+    def use(self, rng):
+        "Draw from `rng` from now on"
+        self.rng = rng
 
     def draw(self,
         x:Tensor, # (bs, ...) The input to mix; of several the one of highest rank
@@ -70,20 +74,21 @@ class Cut(Mix):
             f'An input of shape {tuple(x.shape)} has no place to cut a box from: use `MixUp`, or give inputs of shape (batch, channels, *size)')
         return CutPlan(draw_boxes(draw_lam(n, self.alpha, self.rng, self.fold), size, self.rng), idx, size)
 
-# %% ../nbs/01_mixes.ipynb #555e9a14
+# %% ../nbs/01_mixes.ipynb #5500cde6
 class Choice(Mix):
     "Mix each batch by one of `mixes`, chosen at random"
     def __init__(self,
         mixes:list, # Instances of `Mix`
         p:list=None, # Probability of each; all the same by default
     ):
-        if p is not None and (len(p)!=len(mixes) or min(p)<0 or abs(sum(p)-1)>1e-6):
+        p = p or [1/len(mixes)]*len(mixes)
+        if len(p)!=len(mixes) or not (min(p)>=0 and abs(sum(p)-1)<1e-3):
             raise ValueError(f'p must hold one probability for each of the {len(mixes)} mixes, and they must sum to 1, but it is {p!r}')
-        self.mixes,self.p = mixes,p
+        self.mixes,self.p = mixes,[o/sum(p) for o in p]
         super().__init__()
 
-    def reseed(self):
-        super().reseed()
-        for m in self.mixes: m.rng = self.rng
+    def use(self, rng):
+        super().use(rng)
+        for m in self.mixes: m.use(rng)
 
     def draw(self, x, per_batch=False): return self.mixes[self.rng.choice(len(self.mixes), p=self.p)].draw(x, per_batch)

@@ -42,7 +42,7 @@ def show_mixed_target(
     for o,share in ((y,lam),(y1,1-lam)): o.show(ctx=ctx, alpha=.7*share)
     return f'{lam:.2f} own mask + {1-lam:.2f} partner'
 
-# %% ../nbs/05_show.ipynb #6463bc44
+# %% ../nbs/05_show.ipynb #ab0d6294
 @patch
 def show_mix(self:MixHandler,
     dls:DataLoaders, # Where the batch comes from, and how it is decoded
@@ -55,8 +55,9 @@ def show_mix(self:MixHandler,
     "Show a training batch as the network is fed it, each picture captioned with its targets and their shares"
     b = ifnone(b, dls.one_batch())
     xb,yb = b[:dls.n_inp],b[dls.n_inp:]
+    check_batch(xb, yb)
     plan = self.draw(xb, yb)
-    weighed = [plan.weighs(y) for y in yb]
+    weighed = [plan.weighs(y) and not isinstance(y, TensorPoint) for y in yb]
     def decode(ys): return dls.train.decode_batch((*map(plan.mix, xb), *ys), max_n=max_n, full=False)
     items  = decode([y if w else plan.mix(y) for y,w in zip(yb, weighed)])
     items1 = decode([y[plan.idx] for y in yb])
@@ -83,13 +84,13 @@ def show_mix(self:Learner,
         'or show a mixer without a learner, as in MixUp(.4).show_mix(dls)')
     mixers[0].show_mix(self.dls, b, max_n, nrows, ncols, figsize)
 
-# %% ../nbs/05_show.ipynb #d20a34cd
+# %% ../nbs/05_show.ipynb #197bb016
 @patch
 def plot_lam(self:MixHandler,
     ax:plt.Axes=None, # Where to draw; new axes by default
     **kwargs # For `plt.subplots`
 ) -> plt.Axes:
-    "Plot the density of λ, as it is drawn from Beta(alpha,alpha) and as it is used"
+    "Plot the density of λ as it is drawn from Beta(alpha,alpha), and folded (for `CutMix`: before boxes are clipped)"
     ax = ax or plt.subplots(**kwargs)[1]
     lam = torch.linspace(.005, .995, 199)
     for mix in getattr(self.mix, 'mixes', [self.mix]):

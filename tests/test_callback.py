@@ -5,14 +5,17 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector
 from fastai.callback.core import Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException
 from fastai.callback.core import CancelStepException, CancelTrainException, CancelValidException
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixUp as FastaiMixUp
 from fastai.callback.schedule import valley
 from fastai.callback.training import GradientAccumulation
+from fastai.data.core import DataLoaders
 from fastai.learner import load_learner
 from fastai.losses import CrossEntropyLossFlat, MSELossFlat
 from fastai.torch_core import TensorImage, set_seed
 from fastai.vision.core import TensorPoint
 from fastmix.callback import CutMix, MixUp, OneOf
+from fastmix.core import BlendPlan
 from fastmix.loss import MixLoss
 from helpers import Record, class_dls, exportable_dls, mk_dls, mk_learn, quiet_fit
 
@@ -65,13 +68,13 @@ class Two(nn.Module):
     def __init__(self):
         super().__init__()
         self.a,self.b = nn.Linear(3*4*4, 4),nn.Linear(5, 4)
-    def forward(self, x, t): return self.a(x.flatten(1)) + self.b(t)
+    def forward(self, t, x): return self.a(x.flatten(1)) + self.b(t)
 
 @pytest.mark.parametrize('cb', [MixUp(1.), CutMix(1.), OneOf(MixUp(1.), CutMix(1.))], ids=repr)
 def test_two_inputs_and_one_invariant(cb):
     "Inputs that hold their own class in every element: the mean of each mixed input is the mix of the classes, by the plan's λ"
     y = torch.randint(0, 4, (32,))
-    xs = [y.float().view(-1,1,1,1).expand(32,3,4,4).clone(), y.float().view(-1,1).expand(32,5).clone()]
+    xs = [y.float().view(-1,1).expand(32,5).clone(), y.float().view(-1,1,1,1).expand(32,3,4,4).clone()]
     for b in quiet_fit(mk_learn(mk_dls(xs, [y], n_inp=2), Two(), cbs=[cb, Record()])).record.batches:
         lam,idx,y = b['plan'].lam, b['plan'].idx, b['yb'][0].float()
         for x in b['mixed']: torch.testing.assert_close(x.flatten(1).mean(1), lam*y + (1-lam)*y[idx])
@@ -129,17 +132,78 @@ def test_tokens_boxes_and_points_are_refused():
     pts = mk_dls([torch.rand(16, 3, 6, 6)], [TensorPoint(torch.rand(16, 2, 2))])
     with pytest.raises(ValueError, match='MixUp'): quiet_fit(mk_learn(pts, nn.Conv2d(3, 4, 1), MSELossFlat(), cbs=CutMix()))
 
-def test_replaced_targets_never_train_unmixed():
-    "A callback that copies the targets later on is mixed all the same; one that replaces the loss is an error"
-    class Copy(Callback):
-        order = 20
-        def before_batch(self): self.learn.yb = tuple(y.clone() for y in self.learn.yb)
+def change_yb(f):
+    class Change(Callback):
+        order,run_valid = 20,False
+        def before_batch(self): self.learn.yb = f(self.learn.yb)
+    return Change()
+
+def test_changed_targets_or_losses_never_train_unmixed():
+    "A callback that copies the targets later on is welcome; one that changes them, or the loss, is an error"
     def weights(*cbs): return quiet_fit(mk_learn(class_dls(), cbs=[MixUp(1.), *cbs])).model.weight
-    assert weights(Copy()).equal(weights())
+    assert weights(change_yb(lambda yb: (yb[0].clone(),))).equal(weights())
+    for f in (lambda yb: ((yb[0]+1)%4,)), (lambda yb: (*yb, yb[0])), (lambda yb: (torch.eye(4)[yb[0]],)):
+        with pytest.raises(RuntimeError, match='changed the targets'): weights(change_yb(f))
     class Swap(Callback):
         order,run_valid = 20,False
         def before_batch(self): self.learn.loss_func = nn.CrossEntropyLoss()
     with pytest.raises(RuntimeError, match='its loss was not mixed'): weights(Swap())
+
+def test_a_loss_that_another_callback_brings_is_mixed():
+    class Bring(Callback):
+        order,run_valid = 20,False
+        def before_train(self): self.learn.loss_func = nn.CrossEntropyLoss(label_smoothing=.5)
+    def weights(loss_func, *cbs): return quiet_fit(mk_learn(class_dls(), loss_func=loss_func, cbs=[MixUp(1.), *cbs])).model.weight
+    assert weights(nn.CrossEntropyLoss(), Bring()).equal(weights(nn.CrossEntropyLoss(label_smoothing=.5)))
+
+def test_no_batch_is_held_after_its_end():
+    class Look(Callback):
+        order,run_valid = 70,False
+        def after_batch(self): assert not self.mix_up.mix_loss.targets and self.mix_up.mix_loss.plan is None
+    quiet_fit(mk_learn(class_dls(), cbs=[MixUp(), Look()]))
+
+def test_one_mixer_and_two_learners():
+    "The second takes it over, and says so"
+    mixer = MixUp(1.)
+    first = mk_learn(class_dls(), cbs=mixer)
+    with pytest.warns(UserWarning, match='no longer mixes'): second = mk_learn(class_dls(), cbs=[mixer, Record()])
+    assert not hasattr(first, 'mix_up') and mixer not in first.cbs
+    assert not quiet_fit(second).record.batches[0]['mixed'][0].equal(second.record.batches[0]['xb'][0])
+    with pytest.raises(ValueError, match='on the learner already'): quiet_fit(second, cbs=mixer)
+    assert second.mix_up is mixer and mixer.learn is second
+    quiet_fit(second)
+
+def test_defaults():
+    "Those of fastai's own"
+    assert (MixUp().mix.alpha, MixUp().mix.fold, CutMix().mix.alpha, CutMix().mix.fold) == (.4, True, 1., False)
+
+def test_one_of():
+    for bad in [], [MixUp], [MixUp(y_int=True)]:
+        with pytest.raises(ValueError, match='OneOf'): OneOf(*bad)
+    with pytest.raises(ValueError, match='nan'): OneOf(MixUp(), MixUp(1.), p=[float('nan')]*2)
+    assert OneOf(MixUp(), MixUp(1.), MixUp(2.), p=[.3333]*3).mix.draw(torch.rand(4, 6))
+    dls = mk_dls([torch.rand(160, 1, 4, 4)], [torch.arange(160)%4], bs=4)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 4))
+    def plain(p, y): return F.cross_entropy(p, y)
+    with pytest.warns(UserWarning, match='one λ'):
+        batches = quiet_fit(mk_learn(dls, net, plain, cbs=[OneOf(MixUp(), CutMix(), p=[.9,.1]), Record()])).record.batches
+    plans = [b['plan'] for b in batches]
+    assert all(len(o.lam)==1 for o in plans) and sum(isinstance(o, BlendPlan) for o in plans) > 25
+
+def test_partners_differ_from_batch_to_batch():
+    batches = quiet_fit(mk_learn(class_dls(n=160), cbs=[MixUp(), Record()])).record.batches
+    assert len({tuple(b['plan'].idx.tolist()) for b in batches}) > 15
+
+@pytest.mark.filterwarnings('ignore:User provided device_type')
+def test_fastais_mixed_precision():
+    learn = mk_learn(class_dls(), loss_func=CrossEntropyLossFlat(), cbs=[MixUp(1.), MixedPrecision('bf16')])
+    check_own(quiet_fit(learn, 2), learn.loss_func)
+
+def test_torch_loaders():
+    x,y = torch.rand(32, 6), torch.arange(32)%4
+    dl = torch.utils.data.DataLoader(list(zip(x, y)), batch_size=8)
+    learn = quiet_fit(mk_learn(DataLoaders(dl, dl), cbs=[MixUp(1.), Record()]))
+    assert all(not b['mixed'][0].equal(b['xb0'][0]) for b in learn.record.batches)
 
 def test_two_mixers():
     for other in CutMix(), FastaiMixUp(.4):
@@ -271,6 +335,7 @@ def test_export_at_any_moment(name, for_this_fit, tmp_path, monkeypatch):
     assert type(loaded.loss_func) is CrossEntropyLossFlat
     preds = loaded.get_preds(dl=loaded.dls.test_dl([0,1,2]))[0]
     torch.testing.assert_close(preds.sum(1), torch.ones(3))
+    assert not quiet_fit(learn).model.weight.isnan().any()      # the learner that was exported trains on
     if for_this_fit: assert not hasattr(loaded, 'mix_up') and not any('fastmix' in type(cb).__module__ for cb in loaded.cbs)
     else: assert loaded.mix_up.mix.alpha==.3 and loaded.mix_up.plan is None
 
@@ -307,7 +372,7 @@ def weights(*cbs, seed=None, learn=None):
     quiet_fit(learn, cbs=[*cbs, Lam()])
     return parameters_to_vector(learn.model.parameters()), torch.cat(lams) if lams else None
 
-@pytest.mark.parametrize('cb', [MixUp(), CutMix(), OneOf(MixUp(), CutMix(), p=[.3,.7])], ids=repr)
+@pytest.mark.parametrize('cb', [MixUp(), CutMix(), OneOf(OneOf(MixUp(), CutMix(), p=[.3,.7]), MixUp())], ids=repr)
 def test_set_seed_repeats_even_with_the_same_object(cb):
     a,la = weights(cb, seed=7)
     b,lb = weights(cb, seed=7)

@@ -74,3 +74,9 @@ def test_a_choice_has_one_stream():
     torch.manual_seed(1)
     whole.reseed()
     assert all(o.equal(whole.draw(x).lam) for o in a)
+
+def test_values_along_a_signal_or_as_many_labels():
+    "A float target of a signal's length could be either, so nothing is guessed"
+    plan = Cut(1.).draw(torch.rand(8, 3, 10))
+    with pytest.raises(ValueError, match='channel dimension'): plan.weighs(torch.eye(10)[:8])
+    assert plan.weighs(torch.rand(8, 9)) and not plan.weighs(torch.rand(8, 1, 10)) and not plan.weighs(torch.randint(0, 4, (8, 10)))

@@ -7,7 +7,7 @@ from fastai.losses import LabelSmoothingCrossEntropyFlat, MSELossFlat
 from fastai.torch_core import TensorBase, TensorCategory
 from fastmix.callback import CutMix, MixUp
 from fastmix.core import BlendPlan
-from fastmix.loss import MixLoss
+from fastmix.loss import MixLoss, mean_weight
 from fastmix.mixes import Blend
 from helpers import Record, class_dls, mk_dls, mk_learn, quiet_fit
 
@@ -186,6 +186,57 @@ class Aux(nn.Module):
     def forward(self, x): return self.a(x), self.b(x)
 
 def aux_loss(p, y, reduction='mean'): return F.cross_entropy(p[0], y, reduction=reduction) + .4*F.cross_entropy(p[1], y, reduction=reduction)
+
+def test_nll():
+    for b in fit(nn.NLLLoss(w), model=nn.Sequential(nn.Linear(6, C), nn.LogSoftmax(1))):
+        close(b['loss'], mean_of(ce(w), b['plan'], b['pred'].detach(), b['yb'][0]))
+
+def test_smoothing_with_ignored_targets():
+    "fastai's own smoothing leaves the ignored ones out of one term only"
+    y = torch.randint(0, C, (32,)).where(torch.arange(32)%3>0, -100)
+    for b in fit(LS(), mk_dls([torch.randn(32, 6)], [y])):
+        args = b['plan'], b['pred'].detach(), b['yb'][0]
+        close(b['loss'], .9*mean_of(ce(), *args) + .1*mean_of(lambda p,y: (-logp(p.double()).mean(), 1.), *args))
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_losses_are_mixed_in_single(dtype):
+    pred,y = torch.randn(64, C).to(dtype), torch.arange(64)%C
+    plan = Blend(1.).draw(pred)
+    u,u1 = (F.cross_entropy(pred, o, reduction='none').double() for o in (y,y[plan.idx]))
+    got = MixLoss(nn.CrossEntropyLoss())(pred, y, plan=plan)
+    assert got.dtype==torch.float32
+    close(got, (plan.lam*u + (1-plan.lam)*u1).mean())
+
+@pytest.mark.parametrize('per_batch', [False, True])
+def test_partners_that_are_no_permutation(per_batch):
+    "The normaliser is mixed with one λ too"
+    pred,y = torch.randn(8, C), torch.arange(8)%C
+    plan = BlendPlan(torch.tensor([.7]) if per_batch else torch.rand(8), torch.tensor([3]*8))
+    close(MixLoss(nn.CrossEntropyLoss(w))(pred, y, plan=plan), mean_of(ce(w), plan, pred, y))
+
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.int8, torch.int32], ids=str)
+def test_small_integers(dtype):
+    "Class 156 is not -100, wrapped around"
+    n = 100 if dtype==torch.int8 else 157
+    pred,y = torch.randn(8, n), torch.full((8,), n-1)
+    plan,loss_func = Blend(1.).draw(pred), CrossEntropyLossFlat(weight=torch.rand(n))
+    if dtype!=torch.uint8: close(MixLoss(loss_func)(pred, y.to(dtype), plan=plan), MixLoss(loss_func)(pred, y, plan=plan))
+    assert mean_weight(loss_func, y.to(dtype)).equal(mean_weight(loss_func, y))
+
+def test_a_loop_without_a_learner_is_mixed_only_where_it_says_so():
+    pred,y = torch.randn(8, C), torch.arange(8)%C
+    loss = MixLoss(nn.CrossEntropyLoss())
+    loss(pred, y, plan=Blend(1.).draw(pred))
+    assert loss(pred, y).equal(F.cross_entropy(pred, y)) and not loss.targets
+
+class Hidden(nn.Module):
+    "Void targets that no attribute tells of"
+    reduction = 'mean'
+    def forward(self, p, y): return F.cross_entropy(p, y, ignore_index=3, reduction=self.reduction)
+
+def test_a_loss_is_checked_in_every_batch():
+    y = torch.tensor([0]*8 + [3,1]*4)
+    with pytest.raises(ValueError, match='per_batch=True'): fit(Hidden(), mk_dls([torch.randn(16, 6)], [y]))
 
 def test_auxiliary_head():
     for b in fit(aux_loss, model=Aux()):

@@ -1,7 +1,9 @@
 "Captions and pictures tell what the network is fed"
-import matplotlib.pyplot as plt, pytest, torch
+import re
+import matplotlib.pyplot as plt, pytest, torch, torch.nn.functional as F
+from torch import nn
 from fastai.data.block import DataBlock
-from fastai.vision.all import ImageBlock, MaskBlock, PILMask, PointBlock
+from fastai.vision.all import ImageBlock, Learner, MaskBlock, MultiCategoryBlock, PILMask, PointBlock, RegressionBlock
 from fastmix.all import CutMix, MixUp, OneOf, digit_images, image_dls
 from fastmix.show import mix_caption
 
@@ -44,10 +46,31 @@ def test_masks():
     CutMix(1.).show_mix(seg, max_n=4)
     assert all(len(ax.images)==2 and not ax.get_title() for ax in shown())
 
+def test_several_labels_and_numbers():
+    def show(block, get_y):
+        plt.close('all')
+        data = DataBlock((ImageBlock, block), get_x=lambda i: images[i], get_y=get_y).dataloaders(range(40), bs=8, num_workers=0)
+        MixUp(1.).show_mix(data, max_n=4)
+        return [ax.get_title().replace('\n', ' ') for ax in shown()]
+    assert all(re.fullmatch(r'0\.\d\d \w( & \w)* \+ 0\.\d\d \w( & \w)*', o) for o in show(MultiCategoryBlock, lambda i: sorted(set(labels[i]))))
+    for o in show(RegressionBlock, lambda i: float(i)):
+        lam,y,lam1,y1,mixed = map(float, re.fullmatch(r'(.+)×(.+) \+ (.+)×(.+) = (.+)', o).groups())
+        assert abs(lam*y + lam1*y1 - mixed) < .5
+
+def test_a_learner_shows_its_own_mixer_and_rule(dls):
+    def plain(p, y): return F.cross_entropy(p, y)
+    learn = Learner(dls, nn.Identity(), plain, cbs=MixUp(1.))
+    with pytest.warns(UserWarning, match='one λ'): learn.show_mix(max_n=5)
+    assert len({ax.get_title()[:4] for ax in shown()})==1
+    with pytest.raises(ValueError, match='no mixer'): Learner(dls, nn.Identity(), plain).show_mix()
+
 def test_points():
     block = DataBlock((ImageBlock, PointBlock), get_x=lambda i: images[i], get_y=lambda i: [[1., 2.], [3., 4.]])
     pts = block.dataloaders(range(40), bs=8, num_workers=0)
     with pytest.raises(ValueError, match='MixUp'): CutMix().show_mix(pts)
+    plt.close('all')
+    MixUp(1.).show_mix(pts, max_n=2)
+    assert [len(ax.collections) for ax in shown()]==[1,1] and not any(ax.get_title() for ax in shown())
 
 def test_plot_lam_draws_each_part_of_a_combination():
     ax = OneOf(MixUp(.4), CutMix(1.)).plot_lam()
