@@ -85,11 +85,11 @@ def plot_curves(
     axs[0][-1].legend()
     return fig
 
-# %% ../nbs/20_demo.ipynb #581f9d6a
+# %% ../nbs/20_demo.ipynb #5b7933ee
 @call_parse
 def demo(
     alpha:float=.4, # Of MixUp
-    epochs:int=11, # To train in each run
+    epochs:int=10, # To train in each run
     seeds:int=3, # Runs of each kind
     noise:float=.4, # Share of the training labels to replace by random ones, in half of the runs; 0 to leave them out
     folder:str=None, # Your own pictures, one subfolder a class, instead of the digits
