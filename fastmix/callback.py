@@ -90,6 +90,25 @@ def own_loss(self:MixHandler):
     "Put the learner's own loss back in place of a `MixLoss`"
     if isinstance(self.learn.loss_func, MixLoss): self.learn.loss_func = self.learn.loss_func.loss_func
 
+# %% ../nbs/03_callback.ipynb #7fc93dd8
+def _adding_for_a_fit():
+    f,added = sys._getframe(),Learner.added_cbs.__wrapped__.__code__
+    while f and f.f_code is not added: f = f.f_back
+    return f is not None
+
+@patch
+def move(self:MixHandler,
+    learn:Learner=None, # The learner that this mixer is being given to; None where it is taken off
+):
+    "Leave the present learner with its own loss. Being given to the same one twice is an error, to another one a warning"
+    if learn is not None and learn is self.learn: raise ValueError(f'This {self!r} is on the learner already, so it need not be added again')
+    if self.learn is not None:
+        self.own_loss()
+        if learn is not None and self in self.learn.cbs:
+            warn(f'{self!r} goes to another learner, and the first one no longer mixes: give each learner a mixer of its own')
+            self.learn.remove_cb(self)
+    self.for_this_fit = learn is not None and _adding_for_a_fit()
+
 # %% ../nbs/03_callback.ipynb #fd84847e
 @patch
 def draw(self:MixHandler,
@@ -151,25 +170,6 @@ class OneOf(MixHandler):
         if not mixers or not all(isinstance(m, MixHandler) and m.y_int is None for m in mixers): raise ValueError(
             f'OneOf takes mixers, as in OneOf(MixUp(.4), CutMix(1.)), and y_int itself instead of them, but got {mixers}')
         super().__init__(Choice([m.mix for m in mixers], p), y_int)
-
-# %% ../nbs/03_callback.ipynb #7fc93dd8
-def _adding_for_a_fit():
-    f,added = sys._getframe(),Learner.added_cbs.__wrapped__.__code__
-    while f and f.f_code is not added: f = f.f_back
-    return f is not None
-
-@patch
-def move(self:MixHandler,
-    learn:Learner=None, # The learner that this mixer is being given to; None where it is taken off
-):
-    "Leave the present learner with its own loss. Being given to the same one twice is an error, to another one a warning"
-    if learn is not None and learn is self.learn: raise ValueError(f'This {self!r} is on the learner already, so it need not be added again')
-    if self.learn is not None:
-        self.own_loss()
-        if learn is not None and self in self.learn.cbs:
-            warn(f'{self!r} goes to another learner, and the first one no longer mixes: give each learner a mixer of its own')
-            self.learn.remove_cb(self)
-    self.for_this_fit = learn is not None and _adding_for_a_fit()
 
 # %% ../nbs/03_callback.ipynb #21f46c95
 _learner_state = Learner.__getstate__
