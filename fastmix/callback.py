@@ -21,7 +21,7 @@ from .loss import *
 # %% auto #0
 __all__ = ['MixHandler', 'check_batch', 'MixUp', 'CutMix', 'OneOf']
 
-# %% ../nbs/03_callback.ipynb #5ed13478
+# %% ../nbs/03_callback.ipynb #83b97c18
 class MixHandler(Callback):
     "Mix training batches, and their loss, by `mix`; validation, prediction and export see the learner's own loss"
     run_valid,_stateattrs = False,('plan','mix_loss')
@@ -33,7 +33,8 @@ class MixHandler(Callback):
 
     def __setattr__(self, name, value):
         if name=='learn': self.move(value)
-        super().__setattr__(name, value)
+        if name in ('plan','mix_loss'): object.__setattr__(self, name, value)   # set in every batch, and no attribute of a Learner
+        else: super().__setattr__(name, value)
 
     def before_fit(self):
         "Put the learner's own loss back, if an exception has left the mixed one; refuse a second mixer; begin a new random stream"

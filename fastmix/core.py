@@ -108,9 +108,9 @@ def _blend_narrow(x, idx, lam):
     if x.element_size()<4: i,w1 = torch.cat([i, i], 1),torch.cat([w1, (w-w1).to(x.dtype)], 1)
     return F.embedding_bag(i, x, per_sample_weights=w1, mode='sum')
 
-# %% ../nbs/00_core.ipynb #3bb02d70
+# %% ../nbs/00_core.ipynb #2d59b69c
 def _on_plain_memory(x):
-    if x.device.type!='cpu' or x.dtype not in (torch.float32,torch.float64,torch.bfloat16,torch.float16) or not x.numel(): return False
+    if x.device.type!='cpu' or x.dtype not in (torch.float32,torch.float64,torch.bfloat16,torch.float16) or x.nbytes<2**18: return False
     if x.requires_grad and torch.is_grad_enabled() or torch.compiler.is_compiling(): return False
     return type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
 

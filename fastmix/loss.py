@@ -20,17 +20,19 @@ from fastai.losses import LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropy
 from .core import *
 
 # %% auto #0
-__all__ = ['loss_layers', 'loss_arg', 'separable', 'mixes_loss', 'mean_weight', 'per_sample', 'is_class_loss', 'known',
+__all__ = ['loss_layers', 'loss_arg', 'separable', 'mixes_loss', 'per_sample', 'class_loss_args', 'known', 'mean_weight',
            'lerp_class_loss', 'lerp_loss', 'check_loss', 'MixLoss']
 
-# %% ../nbs/02_loss.ipynb #33a1fc26
+# %% ../nbs/02_loss.ipynb #8a6c53f5
 def loss_layers(
     loss_func, # Loss, as a fastai `Learner` takes it
 ) -> list: # `loss_func`, what it wraps, what that wraps, ...
     "A loss from the outside in: through partials and fastai's `BaseLoss`"
-    return [loss_func] + (loss_layers(loss_func.func) if hasattr(loss_func, 'func') else [])
+    layers = [loss_func]
+    while (func := getattr(layers[-1], 'func', None)) is not None: layers.append(func)
+    return layers
 
-# %% ../nbs/02_loss.ipynb #dd1eb636
+# %% ../nbs/02_loss.ipynb #c8a3d86b
 def loss_arg(
     loss_func, # Loss, as a fastai `Learner` takes it
     name:str, # Of the argument
@@ -39,7 +41,7 @@ def loss_arg(
     "What `loss_func` was told for its argument `name`: a partial's keyword, an attribute, or its signature's default"
     layers = loss_layers(loss_func)
     for f in layers:
-        if name in getattr(f, 'keywords', {}): return f.keywords[name]
+        if isinstance(f, partial) and name in f.keywords: return f.keywords[name]
     for f in reversed(layers):
         if hasattr(f, name): return getattr(f, name)
     p = _params(layers[-1]).get(name)
@@ -70,19 +72,6 @@ def mixes_loss(
     if y_int is None: y_int = loss_arg(loss_func, 'y_int')
     return not y.is_floating_point() if y_int is None else y_int
 
-# %% ../nbs/02_loss.ipynb #08bf4e88
-def mean_weight(
-    loss_func, # Loss, as a fastai `Learner` takes it
-    y:Tensor, # (bs, ...) Target
-) -> Tensor: # Of `y`'s shape; None where all weights are 1, as they are for probabilities
-    "The weight that `loss_func`'s mean gives to each element of `y`: of its class, 0 where it is ignored"
-    f = loss_layers(loss_func)[-1]
-    weighs = isinstance(f, (nn.CrossEntropyLoss,nn.NLLLoss,LabelSmoothingCrossEntropy)) or f in (F.cross_entropy,F.nll_loss)
-    if not weighs or y.is_floating_point(): return None
-    y = y.as_subclass(Tensor).long()
-    weight,keep = loss_arg(loss_func, 'weight'),y != loss_arg(loss_func, 'ignore_index', -100)
-    return keep.float() if weight is None else weight[y*keep] * keep
-
 # %% ../nbs/02_loss.ipynb #675d55bd
 def per_sample(
     lam:Tensor, # (bs,), or (1,) for the whole batch
@@ -103,60 +92,79 @@ def _is_one_of(losses, layers):
     *outer,f = layers
     return (type(f) in losses or inspect.isfunction(f) and f in losses) and all(type(o) in _wrappers for o in outer)
 
-# %% ../nbs/02_loss.ipynb #f52b3e18
-def is_class_loss(
+# %% ../nbs/02_loss.ipynb #64d00e2c
+_class_args = dict(weight=None, ignore_index=-100, label_smoothing=0., reduction='mean')
+
+def class_loss_args(
     loss_func, # Loss, as a fastai `Learner` takes it
-) -> bool:
-    "Is `loss_func` PyTorch's or fastai's cross-entropy, negative log-likelihood or label smoothing, however wrapped?"
+) -> dict: # weight, ignore_index, label_smoothing, reduction, axis, and axis=None where it does not flatten; None for another loss
+    "What PyTorch's or fastai's cross-entropy, negative log-likelihood or label smoothing was told, however wrapped"
     layers = loss_layers(loss_func)
-    def usual(o):
-        if isinstance(o, BaseLoss): return o.flatten and o.is_2d and o.axis
-        return not isinstance(o, partial) or o.keywords.keys() <= {'weight','ignore_index','label_smoothing','reduction'}
-    return _is_one_of(_class_losses, layers) and all(map(usual, layers))
+    if not _is_one_of(_class_losses, layers): return None
+    res = {k:getattr(layers[-1], k, v) for k,v in _class_args.items()} | dict(axis=None)
+    for o in reversed(layers[:-1]):
+        if isinstance(o, partial): res |= o.keywords
+        elif o.flatten and o.is_2d and o.axis: res['axis'] = o.axis
+        else: return None
+    return res if len(res)==5 else None
 
 def known(
     loss_func, # Loss, as a fastai `Learner` takes it
 ) -> bool:
     "Is `loss_func` one of PyTorch's or fastai's losses whose way of reducing is known?"
-    return is_class_loss(loss_func) or _is_one_of(_known, loss_layers(loss_func))
+    return class_loss_args(loss_func) is not None or _is_one_of(_known, loss_layers(loss_func))
 
-# %% ../nbs/02_loss.ipynb #3af6f390
-def _class_index(y, pred, axis, flat):
+# %% ../nbs/02_loss.ipynb #42484f61
+def mean_weight(
+    loss_func, # Loss, as a fastai `Learner` takes it
+    y:Tensor, # (bs, ...) Target
+) -> Tensor: # Of `y`'s shape; None where all weights are 1, as they are for probabilities
+    "The weight that `loss_func`'s mean gives to each element of `y`: of its class, 0 where it is ignored"
+    args = class_loss_args(loss_func)
+    if args is None or y.is_floating_point(): return None
+    return _mean_weight(y.as_subclass(Tensor).long(), args['weight'], args['ignore_index'])
+
+def _mean_weight(y, weight, ignore_index):
+    keep = y != ignore_index
+    return keep.float() if weight is None else weight[y*keep] * keep
+
+# %% ../nbs/02_loss.ipynb #8f592f28
+def _fit_classes(y, shape, axis, flattens):
+    "`y` as one class for each place of the predictions' `shape` without its `axis`"
     y = y.as_subclass(Tensor).long()
-    if flat: return y.transpose(axis, -1).reshape(pred.transpose(axis, -1).shape[:-1])[...,None].transpose(axis, -1)
-    if y.shape==pred.shape[:1]+pred.shape[2:]: return y.unsqueeze(1)
-    raise ValueError(f'Targets of shape {tuple(y.shape)} do not fit predictions of shape {tuple(pred.shape)}, whose classes are in dimension 1')
+    want = shape[:axis]+shape[axis+1:]
+    if y.shape==want: return y
+    if not flattens: raise ValueError(f'Targets of shape {tuple(y.shape)} do not fit predictions of shape {tuple(shape)} with the classes in dimension {axis}')
+    flat = torch.empty(shape, device='meta').transpose(axis, -1).shape[:-1]
+    return y.transpose(axis, -1).reshape(flat)[...,None].transpose(axis, -1).squeeze(axis)
 
-# %% ../nbs/02_loss.ipynb #70a069b6
+# %% ../nbs/02_loss.ipynb #e3cb1409
 def lerp_class_loss(
-    loss_func, # One that `is_class_loss`
+    loss_func, # One that has `class_loss_args`
     plan:Plan, # How the batch was mixed
     pred:Tensor, # (bs, C, ...) Predictions for the mixed inputs; in a fastai loss, the classes are in its `axis`
     y:Tensor, # (bs, ...), integers: targets
     y1:Tensor, # (bs, ...), integers: partners' targets
 ) -> Tensor: # Reduced as `loss_func` reduces
     "Mix the losses on both targets by λ, from one log-softmax of `pred`"
-    layers = loss_layers(loss_func)
-    f,pred = layers[-1],pred.as_subclass(Tensor)
-    axis = next((o.axis for o in layers if isinstance(o, BaseLoss)), None)
-    flat,axis = axis is not None,1 if axis is None else axis
+    f,pred = loss_layers(loss_func)[-1],pred.as_subclass(Tensor)
+    weight,ignore_index,eps,reduction,flat_axis = class_loss_args(loss_func).values()
+    flattens,axis = flat_axis is not None,(flat_axis or 1) % pred.ndim
     logp = pred if isinstance(f, nn.NLLLoss) or f is F.nll_loss else F.log_softmax(pred, axis)
-    lam,y = per_sample(plan.lam, logp, len(plan.idx)),torch.cat([_class_index(o, pred, axis, flat) for o in (y,y1)], axis)
-    lam,keep = torch.cat([lam,1-lam], axis),y != loss_arg(loss_func, 'ignore_index', -100)
-    w = lam*mean_weight(loss_func, y)
-    u = -(logp.gather(axis, y*keep) * w).sum(axis, keepdim=True)
-    def reduce(u, mean):
-        reduction = loss_arg(loss_func, 'reduction')
-        if reduction=='none': return u.transpose(axis, -1).flatten() if flat else u.squeeze(axis)
-        return u.sum() if reduction=='sum' else mean(u)
-    def mean(u): return u.sum()/w.sum()
-    if isinstance(f, LabelSmoothingCrossEntropy):
-        return (1-f.eps)*reduce(u, mean) - f.eps*reduce(logp.mean(axis, keepdim=True), torch.mean)
-    eps,weight = loss_arg(loss_func, 'label_smoothing', 0.),loss_arg(loss_func, 'weight')
-    if eps:
-        all_classes = (logp if weight is None else logp*unsqueeze_as(weight, logp.transpose(axis, 0)).transpose(axis, 0)).mean(axis, keepdim=True)
-        u = (1-eps)*u - eps*all_classes*(lam*keep).sum(axis, keepdim=True)
-    return reduce(u, mean)
+    y,lam = torch.stack([_fit_classes(o, pred.shape, axis, flattens) for o in (y,y1)], axis),per_sample(plan.lam, logp, len(plan.idx))
+    keep = y != ignore_index
+    share = torch.cat([lam, 1-lam], axis)*keep
+    w = share if weight is None else share*weight[y*keep]
+    def reduce(u, n):
+        if reduction!='none': return u.sum() if reduction=='sum' else u.sum()/n
+        return u.sum(axis, keepdim=True).transpose(axis, -1).flatten() if flattens else u.sum(axis)
+    n = w.sum()
+    res = -reduce(logp.gather(axis, y*keep)*w, n)
+    if isinstance(f, LabelSmoothingCrossEntropy): eps,smooth,n = f.eps,logp.mean(axis, keepdim=True),keep.numel()/2
+    elif eps:
+        of_all = logp if weight is None else logp*unsqueeze_as(weight, logp.transpose(axis, 0)).transpose(axis, 0)
+        smooth = of_all.mean(axis, keepdim=True)*share.sum(axis, keepdim=True)
+    return (1-eps)*res - eps*reduce(smooth, n) if eps else res
 
 # %% ../nbs/02_loss.ipynb #bb26da8b
 def _lerp(u1, u, lam):
@@ -174,7 +182,7 @@ def _lerp_unreduced(loss_func, plan, pred, yb, yb1):
     u = _lerp(u1, u, per_sample(lam, u, bs))
     return u if reduction=='none' else getattr(u, reduction)()
 
-# %% ../nbs/02_loss.ipynb #957a2f92
+# %% ../nbs/02_loss.ipynb #258eb20b
 def lerp_loss(
     loss_func, # Loss, as a fastai `Learner` takes it
     plan:Plan, # How the batch was mixed
@@ -183,15 +191,15 @@ def lerp_loss(
     yb1:tuple, # Partners' targets
 ) -> Tensor: # Reduced as `loss_func` reduces
     "Mix the losses on both targets by λ: sample by sample, or as they are where λ is one for the batch and `loss_func` is not known"
+    if len(yb)==1 and not yb[0].is_floating_point() and class_loss_args(loss_func): return lerp_class_loss(loss_func, plan, pred, *yb, *yb1)
     apart = separable(loss_func)
     if len(plan.lam)==1 and not (apart and known(loss_func)): return _lerp(loss_func(pred, *yb1), loss_func(pred, *yb), plan.lam[0])
     if not apart: raise ValueError(
         f'{loss_func} has no `reduction` to leave out, so it can not be mixed sample by sample: '
         'mix with one λ for the batch, `per_batch=True`')
-    if is_class_loss(loss_func) and len(yb)==1 and not yb[0].is_floating_point(): return lerp_class_loss(loss_func, plan, pred, *yb, *yb1)
     return _lerp_unreduced(loss_func, plan, pred, yb, yb1)
 
-# %% ../nbs/02_loss.ipynb #fe8eeff7
+# %% ../nbs/02_loss.ipynb #e979c2c4
 def check_loss(
     loss_func, # Loss, as a fastai `Learner` takes it
     plan:Plan, # How the batch was mixed
@@ -200,7 +208,7 @@ def check_loss(
     yb1:tuple, # Partners' targets
 ):
     "A `ValueError` if `loss_func` is not known and can not be mixed sample by sample: tried with a λ of 1 and 0 in turn"
-    if known(loss_func) or len(plan.lam)==1: return
+    if len(plan.lam)==1 or known(loss_func): return
     own = torch.arange(len(plan.idx), device=plan.idx.device)%2==0
     with torch.no_grad():
         want = loss_func(pred, *(torch.where(unsqueeze_as(own, y), y, y1) for y,y1 in zip(yb, yb1)))
