@@ -15,7 +15,7 @@ from torch import Tensor
 
 # %% auto #0
 __all__ = ['private_rng', 'check_alpha', 'draw_lam', 'draw_partners', 'unsqueeze_as', 'blend', 'recycled', 'blend_partners',
-           'draw_boxes', 'box_mask', 'Plan', 'BlendPlan', 'CutPlan']
+           'draw_boxes', 'box_mask', 'paste_boxes', 'Plan', 'BlendPlan', 'CutPlan']
 
 # %% ../nbs/00_core.ipynb #1570cbb1
 def _rank():
@@ -108,11 +108,17 @@ def _blend_narrow(x, idx, lam):
     if x.element_size()<4: i,w1 = torch.cat([i, i], 1),torch.cat([w1, (w-w1).to(x.dtype)], 1)
     return F.embedding_bag(i, x, per_sample_weights=w1, mode='sum')
 
-# %% ../nbs/00_core.ipynb #2d59b69c
-def _on_plain_memory(x):
-    if x.device.type!='cpu' or x.dtype not in (torch.float32,torch.float64,torch.bfloat16,torch.float16) or x.nbytes<2**18: return False
-    if x.requires_grad and torch.is_grad_enabled() or torch.compiler.is_compiling(): return False
-    return type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
+# %% ../nbs/00_core.ipynb #8742d71d
+def _memory_rows(x):
+    "`x` as rows of a processor's memory, if that is what it is, and needs neither a gradient nor a compiler"
+    if x.device.type!='cpu' or x.requires_grad and torch.is_grad_enabled() or torch.compiler.is_compiling(): return None
+    return _rows(x.as_subclass(Tensor)) if type(x).__torch_dispatch__ is Tensor.__torch_dispatch__ and x.numel() else None
+
+def _shaped(rows, x):
+    "`rows`, in the shape, memory format and class of `x`"
+    res = rows.as_strided(x.shape, x.stride()).as_subclass(type(x))
+    if hasattr(x, '__dict__'): res.__dict__.update(x.__dict__)
+    return res
 
 def blend_partners(
     x:Tensor, # (bs, ...) The samples
@@ -120,13 +126,10 @@ def blend_partners(
     lam:Tensor, # (bs,), or (1,) for the whole batch: weight of the sample itself
 ) -> Tensor: # (bs, ...), of `x`'s class, dtype and memory format
     "`blend(x, x[idx], lam)`, without gathering the partners first where that can be helped"
-    rows = _rows(x.as_subclass(Tensor)) if _on_plain_memory(x) else None
+    rows = _memory_rows(x) if x.nbytes>=2**18 and x.dtype in (torch.float32,torch.float64,torch.bfloat16,torch.float16) else None
     if rows is None: return blend(x, x[idx], lam)
     wide = rows.shape[1]*rows.element_size() >= 2**17
-    res = (_blend_wide if wide else _blend_narrow)(rows, idx, lam.expand(len(x)).float())
-    res = res.as_strided(x.shape, x.stride()).as_subclass(type(x))
-    if hasattr(x, '__dict__'): res.__dict__.update(x.__dict__)
-    return res
+    return _shaped((_blend_wide if wide else _blend_narrow)(rows, idx, lam.expand(len(x)).float()), x)
 
 # %% ../nbs/00_core.ipynb #cb23cc44
 def draw_boxes(
@@ -153,6 +156,27 @@ def box_mask(
         inside = (boxes[:,0,d,None] <= at) & (at < boxes[:,1,d,None])
         mask = mask & inside.view(-1, *[n if i==d else 1 for i in range(len(size))])
     return mask
+
+# %% ../nbs/00_core.ipynb #d5b36785
+_bits = {1:torch.uint8, 2:torch.int16, 4:torch.int32, 8:torch.int64}
+
+def paste_boxes(
+    x:Tensor, # (bs, ..., *size) The samples
+    idx:Tensor, # (bs,), int64: the position of each sample's partner
+    boxes:Tensor, # (bs, 2, d), or (1, 2, d) for the whole batch, as from `draw_boxes`
+    size:tuple, # Shape of the picture, d numbers
+) -> Tensor: # (bs, ..., *size), new memory, of `x`'s class, dtype and memory format
+    "`x`, with a box of each sample's partner pasted into it"
+    rows = _memory_rows(x) if x.element_size() in _bits else None
+    if rows is None:
+        mask = box_mask(boxes, size)
+        return torch.where(mask.view(len(mask), *[1]*(x.ndim-1-len(size)), *size), x[idx], x)
+    res = recycled(rows).copy_(rows).as_strided(x.shape, x.stride())
+    out,src = (o.view(_bits[x.element_size()]).numpy() for o in (res,x.detach().as_subclass(Tensor)))
+    for o,j,corners in zip(out, idx.tolist(), boxes.expand(len(x), -1, -1).tolist()):
+        box = (...,*map(slice, *corners))
+        o[box] = src[j][box]
+    return _shaped(res, x)
 
 # %% ../nbs/00_core.ipynb #048d3dfc
 class Plan:
@@ -189,7 +213,7 @@ class BlendPlan(Plan):
     def mix(self, x): return blend_partners(x, self.idx, self.lam)
     def weighs(self, y): return True
 
-# %% ../nbs/00_core.ipynb #7f8ab37c
+# %% ../nbs/00_core.ipynb #3202111a
 class CutPlan(Plan):
     "A `Plan` that pastes a box of each sample's partner into it"
     def __init__(self,
@@ -210,6 +234,4 @@ class CutPlan(Plan):
             'give it their size (and a channel dimension, for values along a signal), or blend the batch (`MixUp`) instead of cutting it.')
 
     def mix(self, x):
-        if self.weighs(x): return blend_partners(x, self.idx, self.lam)
-        mask = box_mask(self.boxes, self.size)
-        return torch.where(mask.view(len(mask), *[1]*(x.ndim-1-len(self.size)), *self.size), x[self.idx], x)
+        return blend_partners(x, self.idx, self.lam) if self.weighs(x) else paste_boxes(x, self.idx, self.boxes, self.size)
