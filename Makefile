@@ -26,6 +26,9 @@ $(env): pyproject.toml settings.ini setup.py constraints.txt
 demo: $(env) ## Train on real digits with and without MixUp, in five to six minutes
 	$(bin)/python -m fastmix.demo $(ARGS)
 
+bench: $(env) ## Measure what mixing adds to a batch, beside fastai, timm and torchvision
+	$(bin)/python -W ignore -m fastmix.bench $(ARGS)
+
 sync: $(env) ## Notebooks to modules and README
 	$(bin)/nbdev-export
 	$(bin)/nbdev-clean
@@ -49,4 +52,4 @@ clean: ## Remove what can be made again
 	rm -rf .venv .pytest_cache .hypothesis *.egg-info build dist _docs _proc
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: help .venv demo sync docs test lock clean
+.PHONY: help .venv demo bench sync docs test lock clean

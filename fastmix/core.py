@@ -90,25 +90,30 @@ def recycled(
     weakref.finalize(lent, _spare.append, block)
     return torch.from_numpy(lent).view(x.dtype).view(x.shape)
 
-# %% ../nbs/00_core.ipynb #d0d53c02
+# %% ../nbs/00_core.ipynb #666b62bd
 def _rows(x):
     "View (bs, ...) as (bs, n) in the order of its memory; None where samples do not lie one after another"
     order = range(x.ndim) if x.is_contiguous() else sorted(range(x.ndim), key=x.stride, reverse=True)
     x = x.permute(*order)
     return x.view(len(x), -1) if order[0]==0 and x.is_contiguous() else None
 
+def _blend_small(x, idx, lam): return x.index_select(0, idx).lerp_(x, lam[:,None])
+
 def _blend_wide(x, idx, lam):
     res = recycled(x)
     for out,own,j,l in zip(res.unbind(), x.unbind(), idx.tolist(), lam.tolist()): torch.lerp(x[j], own, l, out=out)
     return res
 
+# %% ../nbs/00_core.ipynb #2a76b697
+def _is_half(x): return x.element_size()<4
+
 def _blend_narrow(x, idx, lam):
     i,w = torch.stack([torch.arange(len(x)), idx], 1),torch.stack([lam, 1-lam], 1)
     w1 = w.to(x.dtype)
-    if x.element_size()<4: i,w1 = torch.cat([i, i], 1),torch.cat([w1, (w-w1).to(x.dtype)], 1)
+    if _is_half(x): i,w1 = torch.cat([i, i], 1),torch.cat([w1, (w-w1).to(x.dtype)], 1)
     return F.embedding_bag(i, x, per_sample_weights=w1, mode='sum')
 
-# %% ../nbs/00_core.ipynb #8742d71d
+# %% ../nbs/00_core.ipynb #5376799b
 def _memory_rows(x):
     "`x` as rows of a processor's memory, if that is what it is, and needs neither a gradient nor a compiler"
     if x.device.type!='cpu' or x.requires_grad and torch.is_grad_enabled() or torch.compiler.is_compiling(): return None
@@ -126,23 +131,24 @@ def blend_partners(
     lam:Tensor, # (bs,), or (1,) for the whole batch: weight of the sample itself
 ) -> Tensor: # (bs, ...), of `x`'s class, dtype and memory format
     "`blend(x, x[idx], lam)`, without gathering the partners first where that can be helped"
-    rows = _memory_rows(x) if x.nbytes>=2**18 and x.dtype in (torch.float32,torch.float64,torch.bfloat16,torch.float16) else None
+    rows = _memory_rows(x) if x.dtype in (torch.float32,torch.float64,torch.bfloat16,torch.float16) else None
     if rows is None: return blend(x, x[idx], lam)
-    wide = rows.shape[1]*rows.element_size() >= 2**17
-    return _shaped((_blend_wide if wide else _blend_narrow)(rows, idx, lam.expand(len(x)).float()), x)
+    if x.nbytes<2**18 and not _is_half(x): f = _blend_small
+    else: f = _blend_wide if x.nbytes>=2**17*len(x) else _blend_narrow
+    return _shaped(f(rows, idx, lam.expand(len(x)).to(torch.promote_types(x.dtype, torch.float32))), x)
 
-# %% ../nbs/00_core.ipynb #cb23cc44
+# %% ../nbs/00_core.ipynb #bda50702
 def draw_boxes(
     lam:Tensor, # (n,) Share of the volume to keep
     size:tuple, # Shape of the picture, signal or volume, d numbers
     rng:np.random.Generator, # Where the numbers come from
 ) -> Tensor: # (n, 2, d), int64: the first corner, and the one just past the box
     "Draw boxes with the share `1-lam` of the volume, uniform in place, clipped (section 3.1 of [CutMix](https://arxiv.org/abs/1905.04899))"
-    size = torch.tensor(size, dtype=torch.float64)
-    sides = (1-lam.double())[:,None] ** (1/len(size)) * size
-    place,nudge = torch.from_numpy(rng.random((2, len(lam), 1, len(size))))
-    ends = place*size + torch.stack([-sides/2, sides/2], 1)
-    return (ends.clamp_min(0).minimum(size) + nudge).floor().long()
+    size = np.array(size, dtype=float)
+    sides = (1-lam.double().numpy())[:,None] ** (1/len(size)) * size
+    place,nudge = rng.random((2, len(lam), 1, len(size)))
+    ends = place*size + np.stack([-sides/2, sides/2], 1)
+    return torch.from_numpy(np.floor(ends.clip(0, size) + nudge).astype(np.int64))
 
 # %% ../nbs/00_core.ipynb #6bab665c
 def box_mask(
@@ -157,7 +163,7 @@ def box_mask(
         mask = mask & inside.view(-1, *[n if i==d else 1 for i in range(len(size))])
     return mask
 
-# %% ../nbs/00_core.ipynb #d5b36785
+# %% ../nbs/00_core.ipynb #8e21eaf5
 _bits = {1:torch.uint8, 2:torch.int16, 4:torch.int32, 8:torch.int64}
 
 def paste_boxes(
@@ -173,12 +179,11 @@ def paste_boxes(
         return torch.where(mask.view(len(mask), *[1]*(x.ndim-1-len(size)), *size), x[idx], x)
     res = recycled(rows).copy_(rows).as_strided(x.shape, x.stride())
     out,src = (o.view(_bits[x.element_size()]).numpy() for o in (res,x.detach().as_subclass(Tensor)))
-    for o,j,corners in zip(out, idx.tolist(), boxes.expand(len(x), -1, -1).tolist()):
-        box = (...,*map(slice, *corners))
-        o[box] = src[j][box]
+    sides = [[slice(a, b) for a,b in zip(*ends)] for ends in boxes.expand(len(x), -1, -1).permute(2,1,0).tolist()]
+    for o,j,box in zip(out, idx.tolist(), zip(*sides)): o[(...,*box)] = src[j][(...,*box)]
     return _shaped(res, x)
 
-# %% ../nbs/00_core.ipynb #048d3dfc
+# %% ../nbs/00_core.ipynb #f201cb9f
 class Plan:
     "How one batch is mixed. This one leaves every sample alone; its subclasses mix"
     def __init__(self,
@@ -192,6 +197,7 @@ class Plan:
         device:torch.device, # Where the batch is
     ) -> Plan: # Itself
         "Move the plan to `device`, without waiting for it"
+        if self.idx.device==device: return self
         self.__dict__.update({k:v.to(device, non_blocking=device.type=='cuda') for k,v in self.__dict__.items() if isinstance(v, Tensor)})
         return self
 
@@ -213,7 +219,7 @@ class BlendPlan(Plan):
     def mix(self, x): return blend_partners(x, self.idx, self.lam)
     def weighs(self, y): return True
 
-# %% ../nbs/00_core.ipynb #3202111a
+# %% ../nbs/00_core.ipynb #ff59f32b
 class CutPlan(Plan):
     "A `Plan` that pastes a box of each sample's partner into it"
     def __init__(self,
@@ -233,5 +239,4 @@ class CutPlan(Plan):
             f'Can not cut a tensor of shape {tuple(y.shape)} along with pictures of size {self.size}: '
             'give it their size (and a channel dimension, for values along a signal), or blend the batch (`MixUp`) instead of cutting it.')
 
-    def mix(self, x):
-        return blend_partners(x, self.idx, self.lam) if self.weighs(x) else paste_boxes(x, self.idx, self.boxes, self.size)
+    def mix(self, x): return blend_partners(x, self.idx, self.lam) if self.weighs(x) else paste_boxes(x, self.idx, self.boxes, self.size)

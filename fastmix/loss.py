@@ -138,17 +138,19 @@ def _fit_classes(y, shape, axis, flattens):
     flat = torch.empty(shape, device='meta').transpose(axis, -1).shape[:-1]
     return y.transpose(axis, -1).reshape(flat)[...,None].transpose(axis, -1).squeeze(axis)
 
-# %% ../nbs/02_loss.ipynb #e3cb1409
+# %% ../nbs/02_loss.ipynb #3885fd70
 def lerp_class_loss(
-    loss_func, # One that has `class_loss_args`
+    loss_func, # Loss, as a fastai `Learner` takes it
     plan:Plan, # How the batch was mixed
     pred:Tensor, # (bs, C, ...) Predictions for the mixed inputs; in a fastai loss, the classes are in its `axis`
-    y:Tensor, # (bs, ...), integers: targets
-    y1:Tensor, # (bs, ...), integers: partners' targets
-) -> Tensor: # Reduced as `loss_func` reduces
+    y:Tensor, # (bs, ...) Targets
+    y1:Tensor, # (bs, ...) Partners' targets
+) -> Tensor: # Reduced as `loss_func` reduces; None if it has no `class_loss_args`, or the targets are not integers
     "Mix the losses on both targets by λ, from one log-softmax of `pred`"
+    args = class_loss_args(loss_func)
+    if args is None or y.is_floating_point(): return None
+    weight,ignore_index,eps,reduction,flat_axis = args.values()
     f,pred = loss_layers(loss_func)[-1],pred.as_subclass(Tensor)
-    weight,ignore_index,eps,reduction,flat_axis = class_loss_args(loss_func).values()
     flattens,axis = flat_axis is not None,(flat_axis or 1) % pred.ndim
     logp = pred if isinstance(f, nn.NLLLoss) or f is F.nll_loss else F.log_softmax(pred, axis)
     y,lam = torch.stack([_fit_classes(o, pred.shape, axis, flattens) for o in (y,y1)], axis),per_sample(plan.lam, logp, len(plan.idx))
@@ -182,7 +184,7 @@ def _lerp_unreduced(loss_func, plan, pred, yb, yb1):
     u = _lerp(u1, u, per_sample(lam, u, bs))
     return u if reduction=='none' else getattr(u, reduction)()
 
-# %% ../nbs/02_loss.ipynb #258eb20b
+# %% ../nbs/02_loss.ipynb #d7423120
 def lerp_loss(
     loss_func, # Loss, as a fastai `Learner` takes it
     plan:Plan, # How the batch was mixed
@@ -191,7 +193,8 @@ def lerp_loss(
     yb1:tuple, # Partners' targets
 ) -> Tensor: # Reduced as `loss_func` reduces
     "Mix the losses on both targets by λ: sample by sample, or as they are where λ is one for the batch and `loss_func` is not known"
-    if len(yb)==1 and not yb[0].is_floating_point() and class_loss_args(loss_func): return lerp_class_loss(loss_func, plan, pred, *yb, *yb1)
+    res = lerp_class_loss(loss_func, plan, pred, *yb, *yb1) if len(yb)==1 else None
+    if res is not None: return res
     apart = separable(loss_func)
     if len(plan.lam)==1 and not (apart and known(loss_func)): return _lerp(loss_func(pred, *yb1), loss_func(pred, *yb), plan.lam[0])
     if not apart: raise ValueError(

@@ -80,3 +80,47 @@ def test_values_along_a_signal_or_as_many_labels():
     plan = Cut(1.).draw(torch.rand(8, 3, 10))
     with pytest.raises(ValueError, match='channel dimension'): plan.weighs(torch.eye(10)[:8])
     assert plan.weighs(torch.rand(8, 9)) and not plan.weighs(torch.rand(8, 1, 10)) and not plan.weighs(torch.randint(0, 4, (8, 10)))
+
+layouts = dict(plain=lambda x: x, channels_last=lambda x: x.to(memory_format=torch.channels_last), transposed=lambda x: x.transpose(2, 3),
+    batch_inside=lambda x: x.transpose(0, 1).contiguous().transpose(0, 1), strided=lambda x: x[..., ::2], expanded=lambda x: x[:, :1].expand(x.shape))
+
+@pytest.mark.parametrize('layout', layouts)
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize('size', [(3,3,4,6), (64,3,40,44), (3,3,160,200)], ids=['small','narrow','wide'])
+def test_mixing_in_one_pass(size, dtype, layout):
+    "Whatever the layout: the values of the definition, in new memory of the same strides as a plain operation's"
+    x = layouts[layout](torch.rand(size).to(dtype))
+    bs,kept = len(x), x.clone()
+    idx,boxes = draw_partners(bs, rng), draw_boxes(draw_lam(bs, 1., rng), x.shape[2:], rng)
+    for lam in draw_lam(bs, 1., rng, fold=False), torch.tensor([.7]):
+        got,x64 = BlendPlan(lam, idx).mix(x), x.double()
+        w = lam.double()[:,None,None,None]
+        ulp = torch.finfo(dtype).eps
+        assert (got.double() - (w*x64 + (1-w)*x64[idx])).abs().max() <= .51*ulp + 1e-7*(dtype!=torch.float64) + 1e-15
+        assert got.dtype==dtype and (layout in ('batch_inside', 'expanded') or got.stride()==torch.empty_like(x).stride())
+    cut = CutPlan(boxes, idx, x.shape[2:]).mix(x)
+    for i,((a,b),(c,d)) in enumerate(boxes):
+        want = x[i].clone()
+        want[:,a:c,b:d] = x[idx[i]][:,a:c,b:d]
+        assert cut[i].equal(want)
+    assert x.equal(kept) and len({o.untyped_storage().data_ptr() for o in (x, got, cut)})==3
+
+def test_memory_is_lent_once():
+    "As long as a view, an array or autograd holds it, and no longer"
+    x,plan = torch.rand(4, 3, 200, 200), BlendPlan(torch.rand(4), torch.tensor([1,2,3,0]))
+    want = plan.mix(x).clone()
+    w = torch.ones(1, requires_grad=True)
+    holders = [plan.mix(x)[2:,0], plan.mix(x).numpy(), plan.mix(x)*w, plan.mix(x).detach(), plan.mix(x).view(-1)]
+    copies = [torch.as_tensor(o).detach().clone() for o in holders]
+    for _ in range(4): plan.mix(torch.zeros_like(x))
+    assert all(torch.as_tensor(o).detach().equal(c) for o,c in zip(holders, copies))
+    holders[2].sum().backward()
+    torch.testing.assert_close(w.grad, want.sum()[None])
+    place = plan.mix(x).data_ptr()
+    assert plan.mix(x).data_ptr()==place
+
+def test_gradients_flow_through_a_mixture():
+    x = torch.rand(4, 3, 8, 8, requires_grad=True)
+    plan = BlendPlan(torch.tensor([.9,.8,.7,.6]), torch.tensor([1,2,3,0]))
+    plan.mix(x).sum().backward()
+    torch.testing.assert_close(x.grad[:,0,0,0], torch.tensor([.9+.4, .8+.1, .7+.2, .6+.3]))

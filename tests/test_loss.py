@@ -5,6 +5,7 @@ from torch import nn
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, DiceLoss, FocalLossFlat, L1LossFlat, LabelSmoothingCrossEntropy
 from fastai.losses import LabelSmoothingCrossEntropyFlat, MSELossFlat
 from fastai.torch_core import TensorBase, TensorCategory
+from fastmix.bench import count_ops, loss_steps, peak_mb
 from fastmix.callback import CutMix, MixUp
 from fastmix.core import BlendPlan
 from fastmix.loss import MixLoss, mean_weight
@@ -295,3 +296,53 @@ def test_gradient():
     g, = torch.autograd.grad(MixLoss(CrossEntropyLossFlat())(pred, y, plan=plan), pred)
     one_hot = torch.eye(C)[y]
     torch.testing.assert_close(g, (pred.softmax(1) - plan.lam[:,None]*one_hot - (1-plan.lam[:,None])*one_hot[plan.idx]).detach()/8)
+
+dense = [(CE(axis=1), ce()), (CE(axis=1, weight=w, ignore_index=2), ce(w, ignore=2)), (LS(axis=1), ce(smooth=.1))]
+dense += [(nn.CrossEntropyLoss(w, ignore_index=1), ce(w, ignore=1)), (nn.CrossEntropyLoss(w, label_smoothing=.2, ignore_index=3), ce(w, .2, ignore=3))]
+dense += [(nn.NLLLoss(w), lambda p,y: (-p[y].double()*w[y], w[y].item()))]
+
+@pytest.mark.parametrize('reduction', ['mean', 'sum'])
+@pytest.mark.parametrize('loss_func,u', dense, ids=str)
+def test_one_softmax_for_dense_classes(loss_func, u, reduction):
+    "Classes in dimension 1, and masks with and without a channel where fastai flattens them"
+    pred,y,plan = torch.randn(3, C, 4, 5), torch.randint(0, C, (3, 4, 5)), Blend(1.).draw(torch.rand(3, 1))
+    loss,loss_func.reduction = MixLoss(loss_func),reduction
+    want = mean_of(u, plan, pred.movedim(1, -1), y, reduction)
+    close(loss(pred, y, plan=plan), want)
+    if hasattr(loss_func, 'axis'): close(loss(pred, y[:,None], plan=plan), want)
+    loss_func.reduction = 'mean'
+
+@pytest.mark.parametrize('loss_func', [CE(axis=1), CE(axis=1, weight=w), LS(axis=1), nn.CrossEntropyLoss(w, label_smoothing=.1), nn.CrossEntropyLoss()], ids=str)
+def test_unreduced_values_come_in_the_plain_order(loss_func):
+    pred,y = torch.randn(3, C, 4, 5), torch.randint(0, C, (3, 4, 5))
+    loss_func.reduction = 'none'
+    got,want = MixLoss(loss_func)(pred, y, plan=BlendPlan(torch.ones(3), torch.tensor([2,0,1]))), loss_func(pred, y)
+    loss_func.reduction = 'mean'
+    assert got.shape==want.shape
+    close(got, want)
+
+@pytest.mark.parametrize('loss_func', [CE(), nn.CrossEntropyLoss(), F.cross_entropy, LS()], ids=str)
+@pytest.mark.parametrize('y', [torch.arange(4)%C, torch.arange(16).view(8, 2)%C, torch.full((8,), C), torch.full((8,), -1)], ids=['short', 'long', 'above', 'below'])
+def test_targets_that_do_not_fit_are_errors(loss_func, y):
+    with pytest.raises((ValueError, RuntimeError, IndexError)):
+        MixLoss(loss_func)(torch.randn(8, C), y, plan=BlendPlan(torch.rand(len(y)), torch.arange(len(y)).flip(0)))
+
+def test_legacy_arguments_are_not_guessed():
+    pred,y = torch.randn(8, C), torch.arange(8)%C
+    for f in partial(F.cross_entropy, size_average=False), CE(weight=w, flatten=False):
+        with pytest.raises(ValueError, match='per_batch=True'): MixLoss(f)(pred, y, plan=Blend(.4).draw(pred))
+
+@pytest.mark.parametrize('shape', [(8,21,256,256), (64,200_000)], ids=str)
+def test_a_mixed_loss_takes_the_memory_of_a_plain_one(shape):
+    "At its peak, within 15 %; all in all, much less than two losses ask for"
+    steps = loss_steps(shape)
+    fresh = {name: count_ops(f)['fresh MB'] for name,f in steps.items()}
+    assert fresh['fastmix'] < .7*fresh['two losses']
+    for step in steps.values(): step()
+    assert not peak_mb(steps['fastmix']) > 1.15*peak_mb(steps['plain'])   # nan where the system does not tell
+
+def test_gradients_of_a_mixed_loss():
+    pred,y,plan = torch.randn(6, C, dtype=torch.float64, requires_grad=True), torch.arange(6)%C, Blend(1.).draw(torch.rand(6, 1))
+    loss = MixLoss(nn.CrossEntropyLoss(w.double(), label_smoothing=.1))
+    assert torch.autograd.gradcheck(lambda p: loss(p, y, plan=plan), pred)
+    assert torch.autograd.gradgradcheck(lambda p: loss(p, y, plan=plan), pred)
