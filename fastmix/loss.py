@@ -20,16 +20,16 @@ from fastai.losses import LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropy
 from .core import *
 
 # %% auto #0
-__all__ = ['loss_layers', 'loss_arg', 'separable', 'mixes_loss', 'per_sample', 'class_loss_args', 'known', 'mean_weight',
-           'lerp_class_loss', 'lerp_loss', 'check_loss', 'MixLoss']
+__all__ = ['loss_layers', 'loss_arg', 'separable', 'mixes_loss', 'per_sample', 'class_loss_args', 'known', 'lerp_class_loss',
+           'lerp_loss', 'check_loss', 'MixLoss']
 
-# %% ../nbs/02_loss.ipynb #8a6c53f5
+# %% ../nbs/02_loss.ipynb #2f2bdbcf
 def loss_layers(
     loss_func, # Loss, as a fastai `Learner` takes it
 ) -> list: # `loss_func`, what it wraps, what that wraps, ...
     "A loss from the outside in: through partials and fastai's `BaseLoss`"
     layers = [loss_func]
-    while (func := getattr(layers[-1], 'func', None)) is not None: layers.append(func)
+    while isinstance(layers[-1], (partial, BaseLoss)): layers.append(layers[-1].func)
     return layers
 
 # %% ../nbs/02_loss.ipynb #c8a3d86b
@@ -62,25 +62,24 @@ def separable(
     told = hasattr(loss_func, 'reduction') or 'reduction' in _params(loss_layers(loss_func)[-1])
     return told and loss_arg(loss_func, 'reduction') in ('mean', 'sum', 'none')
 
-# %% ../nbs/02_loss.ipynb #67a52bed
+# %% ../nbs/02_loss.ipynb #99f7168a
 def mixes_loss(
     loss_func, # Loss, as a fastai `Learner` takes it
     y:Tensor, # (bs, ...) Target
     y_int:bool=None, # Decide for the loss: are its targets classes, so that the losses are mixed?
 ) -> bool: # True: mix the losses on both targets. False: blend the targets
     "Are the losses mixed, or the targets? `y_int` decides, or else the loss's own `y_int`, or else the target's type"
-    if y_int is None: y_int = loss_arg(loss_func, 'y_int')
+    if y_int is None: y_int = next((f.y_int for f in loss_layers(loss_func) if hasattr(f, 'y_int')), None)
     return not y.is_floating_point() if y_int is None else y_int
 
-# %% ../nbs/02_loss.ipynb #675d55bd
+# %% ../nbs/02_loss.ipynb #4a241929
 def per_sample(
-    lam:Tensor, # (bs,), or (1,) for the whole batch
-    u:Tensor, # (bs, ...), or (bs*k,) flattened sample after sample
-    bs:int, # Batch size
+    lam:Tensor, # (bs, ...), or (1, ...) for the whole batch
+    u:Tensor, # (bs, ...), or (bs*k, ...) flattened sample after sample
 ) -> Tensor: # Broadcasts with `u`
     "`lam`, spread over the elements of each sample in `u`"
-    if len(lam)==1 or len(u)==bs: return unsqueeze_as(lam, u)
-    return unsqueeze_as(lam.repeat_interleave(len(u)//bs), u)
+    if len(lam) not in (1,len(u)): lam = lam.repeat_interleave(len(u)//len(lam), 0)
+    return lam.view(*lam.shape, *[1]*(u.ndim-lam.ndim))
 
 # %% ../nbs/02_loss.ipynb #d762ee3f
 _class_losses = {nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss, LabelSmoothingCrossEntropy}
@@ -92,21 +91,21 @@ def _is_one_of(losses, layers):
     *outer,f = layers
     return (type(f) in losses or inspect.isfunction(f) and f in losses) and all(type(o) in _wrappers for o in outer)
 
-# %% ../nbs/02_loss.ipynb #64d00e2c
+# %% ../nbs/02_loss.ipynb #4e15d09b
 _class_args = dict(weight=None, ignore_index=-100, label_smoothing=0., reduction='mean')
 
 def class_loss_args(
     loss_func, # Loss, as a fastai `Learner` takes it
-) -> dict: # weight, ignore_index, label_smoothing, reduction, axis, and axis=None where it does not flatten; None for another loss
+) -> dict: # func (the innermost), weight, ignore_index, label_smoothing, reduction, axis (None where it does not flatten); None for another loss
     "What PyTorch's or fastai's cross-entropy, negative log-likelihood or label smoothing was told, however wrapped"
     layers = loss_layers(loss_func)
     if not _is_one_of(_class_losses, layers): return None
-    res = {k:getattr(layers[-1], k, v) for k,v in _class_args.items()} | dict(axis=None)
+    res = dict(func=layers[-1]) | {k:getattr(layers[-1], k, v) for k,v in _class_args.items()} | dict(axis=None)
     for o in reversed(layers[:-1]):
         if isinstance(o, partial): res |= o.keywords
         elif o.flatten and o.is_2d and o.axis: res['axis'] = o.axis
         else: return None
-    return res if len(res)==5 else None
+    return res if len(res)==6 else None
 
 def known(
     loss_func, # Loss, as a fastai `Learner` takes it
@@ -114,77 +113,66 @@ def known(
     "Is `loss_func` one of PyTorch's or fastai's losses whose way of reducing is known?"
     return class_loss_args(loss_func) is not None or _is_one_of(_known, loss_layers(loss_func))
 
-# %% ../nbs/02_loss.ipynb #42484f61
-def mean_weight(
-    loss_func, # Loss, as a fastai `Learner` takes it
-    y:Tensor, # (bs, ...) Target
-) -> Tensor: # Of `y`'s shape; None where all weights are 1, as they are for probabilities
-    "The weight that `loss_func`'s mean gives to each element of `y`: of its class, 0 where it is ignored"
-    args = class_loss_args(loss_func)
-    if args is None or y.is_floating_point(): return None
-    return _mean_weight(y.as_subclass(Tensor).long(), args['weight'], args['ignore_index'])
+# %% ../nbs/02_loss.ipynb #34ea7bff
+def _to_axis(o, axis): return o if axis==1 else o.movedim(1, axis)
 
-def _mean_weight(y, weight, ignore_index):
-    keep = y != ignore_index
-    return keep.float() if weight is None else weight[y*keep] * keep
-
-# %% ../nbs/02_loss.ipynb #8f592f28
 def _fit_classes(y, shape, axis, flattens):
-    "`y` as one class for each place of the predictions' `shape` without its `axis`"
-    y = y.as_subclass(Tensor).long()
-    want = shape[:axis]+shape[axis+1:]
-    if y.shape==want: return y
-    if not flattens: raise ValueError(f'Targets of shape {tuple(y.shape)} do not fit predictions of shape {tuple(shape)} with the classes in dimension {axis}')
+    "`y` (bs, 2, ...) as two classes in `axis`, for each place of the predictions' `shape`"
+    if (len(y),*y.shape[2:])==shape[:axis]+shape[axis+1:]: return _to_axis(y, axis)
+    if not flattens: raise ValueError(
+        f'Targets of shape {tuple(y[:,0].shape)} do not fit predictions of shape {tuple(shape)} with the classes in dimension {axis}')
     flat = torch.empty(shape, device='meta').transpose(axis, -1).shape[:-1]
-    return y.transpose(axis, -1).reshape(flat)[...,None].transpose(axis, -1).squeeze(axis)
+    def fit(o): return o.transpose(axis, -1).reshape(flat)[...,None].transpose(axis, -1)
+    return torch.cat([fit(o) for o in y.unbind(1)], axis)
 
-# %% ../nbs/02_loss.ipynb #3885fd70
+# %% ../nbs/02_loss.ipynb #18b82200
+def _smooth(logp, axis, weight):
+    "The mean over all classes, each with its `weight`"
+    if weight is not None: logp = logp*unsqueeze_as(weight, logp.transpose(axis, 0)).transpose(axis, 0)
+    return logp.mean(axis, keepdim=True)
+
 def lerp_class_loss(
     loss_func, # Loss, as a fastai `Learner` takes it
     plan:Plan, # How the batch was mixed
     pred:Tensor, # (bs, C, ...) Predictions for the mixed inputs; in a fastai loss, the classes are in its `axis`
     y:Tensor, # (bs, ...) Targets
-    y1:Tensor, # (bs, ...) Partners' targets
 ) -> Tensor: # Reduced as `loss_func` reduces; None if it has no `class_loss_args`, or the targets are not integers
     "Mix the losses on both targets by λ, from one log-softmax of `pred`"
     args = class_loss_args(loss_func)
     if args is None or y.is_floating_point(): return None
-    weight,ignore_index,eps,reduction,flat_axis = args.values()
-    f,pred = loss_layers(loss_func)[-1],pred.as_subclass(Tensor)
-    flattens,axis = flat_axis is not None,(flat_axis or 1) % pred.ndim
+    f,weight,ignore_index,eps,reduction,flat_axis = args.values()
+    pred,flattens,axis = plain(pred),flat_axis is not None,(flat_axis or 1) % pred.ndim
     logp = pred if isinstance(f, nn.NLLLoss) or f is F.nll_loss else F.log_softmax(pred, axis)
-    y,lam = torch.stack([_fit_classes(o, pred.shape, axis, flattens) for o in (y,y1)], axis),per_sample(plan.lam, logp, len(plan.idx))
+    y = _fit_classes(plain(y).long()[plan.pairs], pred.shape, axis, flattens)
     keep = y != ignore_index
-    share = torch.cat([lam, 1-lam], axis)*keep
-    w = share if weight is None else share*weight[y*keep]
-    def reduce(u, n):
-        if reduction!='none': return u.sum() if reduction=='sum' else u.sum()/n
+    y,share = y*keep,_to_axis(per_sample(plan.shares, y), axis)*keep
+    w = share if weight is None else share*weight[y]
+    n = w.sum() if reduction=='mean' else 1
+    def reduce(u):
+        if reduction!='none': return u.sum()
         return u.sum(axis, keepdim=True).transpose(axis, -1).flatten() if flattens else u.sum(axis)
-    n = w.sum()
-    res = -reduce(logp.gather(axis, y*keep)*w, n)
-    if isinstance(f, LabelSmoothingCrossEntropy): eps,smooth,n = f.eps,logp.mean(axis, keepdim=True),keep.numel()/2
-    elif eps:
-        of_all = logp if weight is None else logp*unsqueeze_as(weight, logp.transpose(axis, 0)).transpose(axis, 0)
-        smooth = of_all.mean(axis, keepdim=True)*share.sum(axis, keepdim=True)
-    return (1-eps)*res - eps*reduce(smooth, n) if eps else res
+    res = reduce(torch.where(keep, logp.gather(axis, y), 0) * (w/-n))   # 0 rather than 0 times -inf
+    if isinstance(f, LabelSmoothingCrossEntropy): eps,smooth = f.eps,_smooth(logp, axis, None) / (y.numel()/2 if reduction=='mean' else 1)
+    elif eps: smooth = _smooth(logp, axis, weight) * (share/n).sum(axis, keepdim=True)
+    return (1-eps)*res - eps*reduce(smooth) if eps else res
 
-# %% ../nbs/02_loss.ipynb #bb26da8b
+# %% ../nbs/02_loss.ipynb #7f9ed6ef
 def _lerp(u1, u, lam):
-    u1,u = (o.as_subclass(Tensor).to(torch.promote_types(o.dtype, torch.float32)) for o in (u1,u))
+    u1,u = (plain(o).to(torch.promote_types(o.dtype, torch.float32)) for o in (u1,u))
     return torch.lerp(u1, u, lam.to(u.dtype))
 
-# %% ../nbs/02_loss.ipynb #5a7af21c
+# %% ../nbs/02_loss.ipynb #2a667f7b
 def _lerp_unreduced(loss_func, plan, pred, yb, yb1):
-    reduction,lam,bs = loss_arg(loss_func, 'reduction'),plan.lam,len(plan.idx)
+    reduction,bs = loss_arg(loss_func, 'reduction'),len(plan.idx)
     with NoneReduce(loss_func) as f: u1,u = f(pred, *yb1),f(pred, *yb)
     flattens = any(isinstance(f, BaseLoss) for f in loss_layers(loss_func))
     if not u.ndim or len(u)%bs or len(u)!=bs and not flattens: raise ValueError(
         f'{loss_func} left unreduced has the shape {tuple(u.shape)}, which can not be shared out to {bs} samples: '
         'mix with one λ for the batch, `per_batch=True`')
-    u = _lerp(u1, u, per_sample(lam, u, bs))
+    u = _lerp(u1, u, per_sample(plan.lam, u))
     return u if reduction=='none' else getattr(u, reduction)()
 
-# %% ../nbs/02_loss.ipynb #d7423120
+# %% ../nbs/02_loss.ipynb #c79e8013
 def lerp_loss(
     loss_func, # Loss, as a fastai `Learner` takes it
     plan:Plan, # How the batch was mixed
@@ -193,8 +181,6 @@ def lerp_loss(
     yb1:tuple, # Partners' targets
 ) -> Tensor: # Reduced as `loss_func` reduces
     "Mix the losses on both targets by λ: sample by sample, or as they are where λ is one for the batch and `loss_func` is not known"
-    res = lerp_class_loss(loss_func, plan, pred, *yb, *yb1) if len(yb)==1 else None
-    if res is not None: return res
     apart = separable(loss_func)
     if len(plan.lam)==1 and not (apart and known(loss_func)): return _lerp(loss_func(pred, *yb1), loss_func(pred, *yb), plan.lam[0])
     if not apart: raise ValueError(
@@ -220,10 +206,10 @@ def check_loss(
         f'{loss_func} gives {want.mean().item():.6g} where its unreduced values, reduced by its `reduction`, give {got.mean().item():.6g}, '
         'so it can not be mixed sample by sample: mix with one λ for the batch, `per_batch=True`')
 
-# %% ../nbs/02_loss.ipynb #c3acff7d
+# %% ../nbs/02_loss.ipynb #a1e00c87
 class MixLoss:
     "`loss_func`, mixed for the targets that it is armed with; for all others, and in all else, `loss_func` itself"
-    __slots__ = 'loss_func','force_y_int','plan','mixed','targets','used'
+    _own = {'loss_func','force_y_int','plan','mixed','targets','used'}
     def __init__(self,
         loss_func, # Loss, as a fastai `Learner` takes it
         y_int:bool=None, # Mix the losses (True) or the targets (False)? Else as `loss_func` and the target's type say
@@ -236,10 +222,10 @@ class MixLoss:
         self.plan,self.mixed,self.targets,self.used = None,[],(),False
 
     def __getattr__(self, name):
-        if name in MixLoss.__slots__: raise AttributeError(name)
+        if name in MixLoss._own: raise AttributeError(name)
         return getattr(self.loss_func, name)
     def __setattr__(self, name, value):
-        if name in MixLoss.__slots__: object.__setattr__(self, name, value)
+        if name in MixLoss._own: object.__setattr__(self, name, value)
         else: setattr(self.loss_func, name, value)
     def __repr__(self): return f'MixLoss({self.loss_func})'
     def __reduce__(self): return noop,(self.loss_func,)
@@ -274,7 +260,7 @@ def armed_for(self:MixLoss, yb) -> bool:
     "Are the losses to be mixed for `yb`, the same memory that the loss was armed with?"
     return any(self.mixed) and len(yb)==len(self.targets) and all(map(_same, yb, self.targets))
 
-# %% ../nbs/02_loss.ipynb #9520f39d
+# %% ../nbs/02_loss.ipynb #996bd932
 @patch
 def __call__(self:MixLoss,
     pred, # Predictions for the mixed inputs
@@ -286,8 +272,11 @@ def __call__(self:MixLoss,
     if plan is not None: yb = self.arm(plan, yb)
     loss_func = partial(self.loss_func, **kwargs) if kwargs else self.loss_func
     if not self.armed_for(yb): return loss_func(pred, *yb)
-    yb1 = tuple(y[self.plan.idx] if m else y for y,m in zip(yb, self.mixed))
-    check_loss(loss_func, self.plan, pred, yb, yb1)
-    res,self.used = lerp_loss(loss_func, self.plan, pred, yb, yb1),True
+    res = lerp_class_loss(loss_func, self.plan, pred, *yb) if len(yb)==1 else None
+    if res is None:
+        yb1 = tuple(y[self.plan.idx] if m else y for y,m in zip(yb, self.mixed))
+        check_loss(loss_func, self.plan, pred, yb, yb1)
+        res = lerp_loss(loss_func, self.plan, pred, yb, yb1)
+    self.used = True
     if plan is not None: self.disarm()
     return res

@@ -15,7 +15,18 @@ from .core import *
 # %% auto #0
 __all__ = ['Mix', 'Blend', 'Cut', 'Choice']
 
-# %% ../nbs/01_mixes.ipynb #5619572c
+# %% ../nbs/01_mixes.ipynb #1bd36093
+class _Ahead:
+    "Plans drawn ahead for batches of one kind"
+    def __init__(self): self.kind,self.plans,self.n = None,[],1
+    def __reduce__(self): return _Ahead,()   # a mix is pickled without them
+
+    def next(self, kind, bs, draw):
+        if kind!=self.kind: self.kind,self.plans,self.n = kind,[],1
+        if not self.plans: self.plans,self.n = draw(self.n).unbind(),min(2*self.n, max(4096//bs, 1))
+        return self.plans.pop()
+
+# %% ../nbs/01_mixes.ipynb #4f88f600
 class Mix:
     "Base class of the mixes: a random stream, and `draw`, which answers with a `Plan` for each batch. This one leaves batches alone"
     def __init__(self,
@@ -30,16 +41,18 @@ class Mix:
 
     def use(self, rng):
         "Draw from `rng` from now on"
-        self.rng = rng
+        self.rng,self.ahead = rng,_Ahead()
 
     def draw(self,
         x:Tensor, # (bs, ...) The input to mix; of several the one of highest rank
         per_batch:bool=False, # One λ for this batch, whatever `self.per_batch` says?
     ) -> Plan: # On `x`'s device
         "Draw the plan for one batch"
-        return self.plan(x, 1 if per_batch or self.per_batch else len(x), draw_partners(len(x), self.rng)).to(x.device)
+        bs,n = len(x),1 if per_batch or self.per_batch else len(x)
+        def draw(k): return self.plan(x, (k,n), torch.stack([draw_partners(bs, self.rng) for _ in range(k)])).to(x.device)
+        return self.ahead.next((x.shape, n, x.device, *vars(self).values()), bs, draw)
 
-    def plan(self, x, n, idx): return Plan(torch.ones(1), idx)
+    def plan(self, x, n, idx): return Plan(torch.ones(len(idx), 1), idx)
 
 # %% ../nbs/01_mixes.ipynb #911f5506
 class Blend(Mix):

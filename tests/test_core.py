@@ -1,5 +1,5 @@
 "Properties of λ, partners, blends and boxes, over many draws"
-import math
+import math, pickle
 import numpy as np, pytest, scipy.stats, torch
 from hypothesis import given, settings, strategies as st
 from fastmix.core import BlendPlan, CutPlan, blend, box_mask, draw_boxes, draw_lam, draw_partners
@@ -124,3 +124,37 @@ def test_gradients_flow_through_a_mixture():
     plan = BlendPlan(torch.tensor([.9,.8,.7,.6]), torch.tensor([1,2,3,0]))
     plan.mix(x).sum().backward()
     torch.testing.assert_close(x.grad[:,0,0,0], torch.tensor([.9+.4, .8+.1, .7+.2, .6+.3]))
+
+def test_plans_drawn_ahead_are_draws_of_their_own():
+    "λ and partners of a long run of batches, as SciPy's distribution functions say"
+    x,mix = torch.rand(6, 1), Blend(.4, fold=False)
+    plans = [mix.draw(x) for _ in range(2000)]
+    lam,idx = (torch.stack([getattr(p, o) for p in plans]) for o in ('lam','idx'))
+    assert scipy.stats.kstest(lam.flatten().numpy(), scipy.stats.beta(.4, .4).cdf).pvalue > 1e-3
+    counts = torch.stack([(idx==j).sum(0) for j in range(6)])
+    assert scipy.stats.chisquare(counts.flatten().numpy()).pvalue > 1e-3
+    assert abs(np.corrcoef(lam[1:].flatten(), lam[:-1].flatten())[0,1]) < .04 and len(lam.unique()) > .99*lam.numel()
+
+@pytest.mark.parametrize('mix', [Blend(.4), Cut(), Blend(.4, per_batch=True), Mix()], ids=lambda o: type(o).__name__)
+def test_a_plan_fits_its_batch(mix):
+    "Whatever was drawn ahead for the batches before"
+    for shape in [(8,3,6,6)]*5 + [(3,3,6,6), (8,3,9,4), (8,3,9,4)]:
+        plan,x = mix.draw(torch.rand(shape)), torch.rand(shape)
+        assert plan.idx.sort().values.equal(torch.arange(shape[0])) and plan.mix(x).shape==shape
+        if isinstance(plan, CutPlan): assert plan.size==shape[2:] and (plan.boxes<=torch.tensor(shape[2:])).all()
+
+def test_a_changed_hyper_parameter_is_heard_at_once():
+    x,mix = torch.rand(64, 1), Blend(1e-3)
+    for _ in range(9): assert mix.draw(x).lam.mean() > .99
+    mix.alpha = 1e3
+    assert mix.draw(x).lam.mean() < .6
+    mix.alpha = 0
+    assert mix.draw(x).mix(x) is x
+
+def test_a_mix_is_pickled_without_what_it_drew_ahead():
+    "So that a learner exported on a GPU loads without one"
+    x,mix = torch.rand(4, 1), Blend()
+    for _ in range(2): mix.draw(x)
+    assert mix.ahead.plans and not pickle.loads(pickle.dumps(mix)).ahead.plans
+    mix.reseed()
+    assert not mix.ahead.plans
