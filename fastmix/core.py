@@ -85,15 +85,16 @@ def plain(
     "`x` without its subclass"
     return x if type(x) is Tensor else x.as_subclass(Tensor)
 
-# %% ../nbs/00_core.ipynb #863de064
+# %% ../nbs/00_core.ipynb #88fa9ff8
 _spare = deque(maxlen=2)
 
 def recycled(
     x:Tensor, # Any shape, contiguous
 ) -> Tensor: # Of `x`'s shape and dtype, not initialised
     "Memory for a tensor like `x`: that of an earlier one, once no tensor holds it any more"
-    block = _spare.pop() if _spare else None
-    if block is None or block.nbytes<x.nbytes: block = np.empty(x.nbytes, np.uint8)
+    try: block = _spare.pop()
+    except IndexError: block = np.empty(0, np.uint8)
+    if block.nbytes<x.nbytes: block = np.empty(x.nbytes, np.uint8)
     lent = block[:x.nbytes]
     weakref.finalize(lent, _spare.append, block)
     return torch.from_numpy(lent).view(x.dtype).view(x.shape)
@@ -175,7 +176,7 @@ def box_mask(
         mask = mask & inside.view(-1, *[n if i==d else 1 for i in range(len(size))])
     return mask
 
-# %% ../nbs/00_core.ipynb #f4b8f5ec
+# %% ../nbs/00_core.ipynb #70daf5c5
 _bits = {1:torch.uint8, 2:torch.int16, 4:torch.int32, 8:torch.int64}
 
 def paste_boxes(
@@ -191,8 +192,9 @@ def paste_boxes(
         return torch.where(mask.view(len(mask), *[1]*(x.ndim-1-len(size)), *size), x[idx], x)
     res = recycled(rows).copy_(rows).as_strided(x.shape, x.stride())
     out,src = (o.view(_bits[x.element_size()]).numpy() for o in (res,plain(x.detach())))
-    sides = [[slice(a, b) for a,b in zip(*ends)] for ends in boxes.expand(len(x), -1, -1).permute(2,1,0).tolist()]
-    for o,j,box in zip(out, idx.tolist(), zip(*sides)): o[(...,*box)] = src[j][(...,*box)]
+    for o,j,ends in zip(out, idx.tolist(), boxes.expand(len(x), -1, -1).tolist()):
+        box = ...,*map(slice, *ends)
+        o[box] = src[j][box]
     return _shaped(res, x)
 
 # %% ../nbs/00_core.ipynb #35b15a18

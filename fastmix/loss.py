@@ -21,7 +21,7 @@ from .core import *
 
 # %% auto #0
 __all__ = ['loss_layers', 'loss_arg', 'separable', 'mixes_loss', 'per_sample', 'class_loss_args', 'known', 'lerp_class_loss',
-           'lerp_loss', 'check_loss', 'MixLoss']
+           'check_loss', 'lerp_loss', 'MixLoss']
 
 # %% ../nbs/02_loss.ipynb #2f2bdbcf
 def loss_layers(
@@ -172,15 +172,8 @@ def _lerp_unreduced(loss_func, plan, pred, yb, yb1):
     u = _lerp(u1, u, per_sample(plan.lam, u))
     return u if reduction=='none' else getattr(u, reduction)()
 
-# %% ../nbs/02_loss.ipynb #c79e8013
-def lerp_loss(
-    loss_func, # Loss, as a fastai `Learner` takes it
-    plan:Plan, # How the batch was mixed
-    pred, # Predictions for the mixed inputs
-    yb:tuple, # Targets
-    yb1:tuple, # Partners' targets
-) -> Tensor: # Reduced as `loss_func` reduces
-    "Mix the losses on both targets by λ: sample by sample, or as they are where λ is one for the batch and `loss_func` is not known"
+# %% ../nbs/02_loss.ipynb #52cf9474
+def _lerp_other(loss_func, plan, pred, yb, yb1):
     apart = separable(loss_func)
     if len(plan.lam)==1 and not (apart and known(loss_func)): return _lerp(loss_func(pred, *yb1), loss_func(pred, *yb), plan.lam[0])
     if not apart: raise ValueError(
@@ -188,7 +181,7 @@ def lerp_loss(
         'mix with one λ for the batch, `per_batch=True`')
     return _lerp_unreduced(loss_func, plan, pred, yb, yb1)
 
-# %% ../nbs/02_loss.ipynb #e979c2c4
+# %% ../nbs/02_loss.ipynb #189c708d
 def check_loss(
     loss_func, # Loss, as a fastai `Learner` takes it
     plan:Plan, # How the batch was mixed
@@ -201,10 +194,25 @@ def check_loss(
     own = torch.arange(len(plan.idx), device=plan.idx.device)%2==0
     with torch.no_grad():
         want = loss_func(pred, *(torch.where(unsqueeze_as(own, y), y, y1) for y,y1 in zip(yb, yb1)))
-        got = lerp_loss(loss_func, Plan(own.float(), plan.idx), pred, yb, yb1)
+        got = _lerp_other(loss_func, Plan(own.float(), plan.idx), pred, yb, yb1)
     if not torch.allclose(got, want.to(got.dtype), rtol=torch.finfo(want.dtype).eps**.5, equal_nan=True): raise ValueError(
         f'{loss_func} gives {want.mean().item():.6g} where its unreduced values, reduced by its `reduction`, give {got.mean().item():.6g}, '
         'so it can not be mixed sample by sample: mix with one λ for the batch, `per_batch=True`')
+
+# %% ../nbs/02_loss.ipynb #9c7230a2
+def lerp_loss(
+    loss_func, # Loss, as a fastai `Learner` takes it
+    plan:Plan, # How the batch was mixed
+    pred, # Predictions for the mixed inputs
+    yb:tuple, # Targets
+    yb1:tuple=None, # Partners' targets; by default all of `yb` are mixed
+) -> Tensor: # Reduced as `loss_func` reduces
+    "Mix the losses on both targets by λ: sample by sample, or as they are where λ is one for the batch and `loss_func` is not known"
+    res = lerp_class_loss(loss_func, plan, pred, *yb) if len(yb)==1 else None
+    if res is not None: return res
+    if yb1 is None: yb1 = tuple(y[plan.idx] for y in yb)
+    check_loss(loss_func, plan, pred, yb, yb1)
+    return _lerp_other(loss_func, plan, pred, yb, yb1)
 
 # %% ../nbs/02_loss.ipynb #a1e00c87
 class MixLoss:
@@ -260,7 +268,7 @@ def armed_for(self:MixLoss, yb) -> bool:
     "Are the losses to be mixed for `yb`, the same memory that the loss was armed with?"
     return any(self.mixed) and len(yb)==len(self.targets) and all(map(_same, yb, self.targets))
 
-# %% ../nbs/02_loss.ipynb #996bd932
+# %% ../nbs/02_loss.ipynb #e29db266
 @patch
 def __call__(self:MixLoss,
     pred, # Predictions for the mixed inputs
@@ -272,11 +280,7 @@ def __call__(self:MixLoss,
     if plan is not None: yb = self.arm(plan, yb)
     loss_func = partial(self.loss_func, **kwargs) if kwargs else self.loss_func
     if not self.armed_for(yb): return loss_func(pred, *yb)
-    res = lerp_class_loss(loss_func, self.plan, pred, *yb) if len(yb)==1 else None
-    if res is None:
-        yb1 = tuple(y[self.plan.idx] if m else y for y,m in zip(yb, self.mixed))
-        check_loss(loss_func, self.plan, pred, yb, yb1)
-        res = lerp_loss(loss_func, self.plan, pred, yb, yb1)
-    self.used = True
+    yb1 = None if all(self.mixed) else tuple(y[self.plan.idx] if m else y for y,m in zip(yb, self.mixed))
+    res,self.used = lerp_loss(loss_func, self.plan, pred, yb, yb1),True
     if plan is not None: self.disarm()
     return res

@@ -15,7 +15,7 @@ from .core import *
 # %% auto #0
 __all__ = ['Mix', 'Blend', 'Cut', 'Choice']
 
-# %% ../nbs/01_mixes.ipynb #1bd36093
+# %% ../nbs/01_mixes.ipynb #3ce24488
 class _Ahead:
     "Plans drawn ahead for batches of one kind"
     def __init__(self): self.kind,self.plans,self.n = None,[],1
@@ -23,10 +23,10 @@ class _Ahead:
 
     def next(self, kind, bs, draw):
         if kind!=self.kind: self.kind,self.plans,self.n = kind,[],1
-        if not self.plans: self.plans,self.n = draw(self.n).unbind(),min(2*self.n, max(4096//bs, 1))
+        if not self.plans: self.plans,self.n = draw(self.n).unbind(),min(2*self.n, max(4096//max(bs, 1), 1))
         return self.plans.pop()
 
-# %% ../nbs/01_mixes.ipynb #4f88f600
+# %% ../nbs/01_mixes.ipynb #10076687
 class Mix:
     "Base class of the mixes: a random stream, and `draw`, which answers with a `Plan` for each batch. This one leaves batches alone"
     def __init__(self,
@@ -52,7 +52,13 @@ class Mix:
         def draw(k): return self.plan(x, (k,n), torch.stack([draw_partners(bs, self.rng) for _ in range(k)])).to(x.device)
         return self.ahead.next((x.shape, n, x.device, *vars(self).values()), bs, draw)
 
-    def plan(self, x, n, idx): return Plan(torch.ones(len(idx), 1), idx)
+    def plan(self,
+        x:Tensor, # (bs, ...) The input to mix
+        n:tuple, # The shape to draw λ in: (batches, bs), or (batches, 1)
+        idx:Tensor, # (batches, bs), int64: the positions of the partners
+    ) -> Plan: # For several batches like `x`
+        "What a subclass overrides: draw λ, and whatever else it takes"
+        return Plan(torch.ones(len(idx), 1), idx)
 
 # %% ../nbs/01_mixes.ipynb #911f5506
 class Blend(Mix):
