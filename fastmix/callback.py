@@ -21,7 +21,7 @@ from .loss import *
 # %% auto #0
 __all__ = ['MixHandler', 'check_batch', 'MixUp', 'CutMix', 'OneOf']
 
-# %% ../nbs/03_callback.ipynb #83b97c18
+# %% ../nbs/03_callback.ipynb #a1e77872
 class MixHandler(Callback):
     "Mix training batches, and their loss, by `mix`; validation, prediction and export see the learner's own loss"
     run_valid,_stateattrs = False,('plan','mix_loss')
@@ -76,14 +76,7 @@ class MixHandler(Callback):
     def after_train(self):
         "Put the learner's own loss back"
         self.own_loss()
-
-    def after_epoch(self):
-        "Put the learner's own loss back, if the epoch was cancelled"
-        self.own_loss()
-
-    def after_fit(self):
-        "Put the learner's own loss back, if the fit was cancelled"
-        self.own_loss()
+    after_epoch = after_fit = after_train   # where training was cancelled
 
 # %% ../nbs/03_callback.ipynb #e0635ca1
 @patch

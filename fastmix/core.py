@@ -85,7 +85,7 @@ def plain(
     "`x` without its subclass"
     return x if type(x) is Tensor else x.as_subclass(Tensor)
 
-# %% ../nbs/00_core.ipynb #88fa9ff8
+# %% ../nbs/00_core.ipynb #e3040bdb
 _spare = deque(maxlen=2)
 
 def recycled(
@@ -96,10 +96,10 @@ def recycled(
     except IndexError: block = np.empty(0, np.uint8)
     if block.nbytes<x.nbytes: block = np.empty(x.nbytes, np.uint8)
     lent = block[:x.nbytes]
-    weakref.finalize(lent, _spare.append, block)
+    weakref.finalize(lent, _spare.append, block).atexit = False   # at exit it may still be held
     return torch.from_numpy(lent).view(x.dtype).view(x.shape)
 
-# %% ../nbs/00_core.ipynb #935fb439
+# %% ../nbs/00_core.ipynb #e049e5bb
 def _rows(x):
     "View (bs, ...) as (bs, n) in the order of its memory; None where samples do not lie one after another"
     if not x.is_contiguous():
@@ -108,27 +108,29 @@ def _rows(x):
         if order[0]!=0 or not x.is_contiguous(): return None
     return x.view(len(x), -1)
 
-def _blend_small(x, pairs, shares): return x.index_select(0, pairs[:,1]).lerp_(x, shares[:,:1])
+def _blend_small(x, pairs, shares): return x.index_select(0, pairs[:,1]).lerp_(x, shares[:,:1].to(x.dtype))
 
 def _blend_wide(x, pairs, shares):
     res = recycled(x)
     for out,(i,j),(lam,_) in zip(res.unbind(), pairs.tolist(), shares.expand(pairs.shape).tolist()): torch.lerp(x[j], x[i], lam, out=out)
     return res
 
-# %% ../nbs/00_core.ipynb #473b5312
+# %% ../nbs/00_core.ipynb #003db1db
 def _is_half(x): return x.element_size()<4
 
 def _blend_narrow(x, pairs, shares):
-    shares = shares.expand(pairs.shape)
-    w = shares.to(x.dtype)
-    if _is_half(x): pairs,w = torch.cat([pairs, pairs], 1),torch.cat([w, (shares-w).to(x.dtype)], 1)
-    return F.embedding_bag(pairs, x, per_sample_weights=w, mode='sum')
+    w = shares.expand(pairs.shape)
+    if _is_half(x):
+        pairs,w = pairs.repeat(1, 2),w.repeat(1, 2)
+        w[:,2:] -= w[:,:2].to(x.dtype)
+    return F.embedding_bag(pairs, x, per_sample_weights=w.to(x.dtype), mode='sum')
 
-# %% ../nbs/00_core.ipynb #a81198e7
-def _memory_rows(x):
+# %% ../nbs/00_core.ipynb #f3c5cc7c
+def _memory_rows(x, needs_grad):
     "`x` as rows of a processor's memory, if that is what it is, and needs neither a gradient nor a compiler"
-    if not x.is_cpu or x.requires_grad and torch.is_grad_enabled() or torch.compiler.is_compiling(): return None
-    return _rows(plain(x)) if type(x).__torch_dispatch__ is Tensor.__torch_dispatch__ and x.numel() else None
+    if not x.is_cpu or needs_grad and torch.is_grad_enabled() or torch.compiler.is_compiling(): return None
+    strange = x.is_conj() or x.is_neg() or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return _rows(plain(x)) if x.numel() and not strange else None
 
 def _shaped(rows, x):
     "`rows`, in the shape, memory format and class of `x`"
@@ -138,13 +140,19 @@ def _shaped(rows, x):
     res.__dict__.update(x.__dict__)
     return res
 
+# %% ../nbs/00_core.ipynb #c0693333
+def _check_length(x, plan):
+    if len(plan)!=len(x): raise ValueError(f'A plan for {len(plan)} samples can not mix a batch of {len(x)}: draw one for each batch')
+
 def blend_partners(
     x:Tensor, # (bs, ...) The samples
     pairs:Tensor, # (bs, 2), int64: the positions of each sample and of its partner
     shares:Tensor, # (bs, 2), or (1, 2) for the whole batch: λ and 1-λ
 ) -> Tensor: # (bs, ...), of `x`'s class, dtype and memory format
     "`blend(x, x[pairs[:,1]], shares[:,0])`, without gathering the partners first where that can be helped"
-    rows = _memory_rows(x) if x.dtype in (torch.float32,torch.bfloat16,torch.float16) else None
+    _check_length(x, pairs)
+    fast = x.dtype in (torch.float32,torch.bfloat16,torch.float16)
+    rows = _memory_rows(x, x.requires_grad or shares.requires_grad) if fast else None
     if rows is None: return blend(x, x[pairs[:,1]], shares[:,0])
     if x.nbytes<2**18 and not _is_half(x): f = _blend_small
     else: f = _blend_wide if x.nbytes>=2**17*len(x) else _blend_narrow
@@ -176,7 +184,7 @@ def box_mask(
         mask = mask & inside.view(-1, *[n if i==d else 1 for i in range(len(size))])
     return mask
 
-# %% ../nbs/00_core.ipynb #70daf5c5
+# %% ../nbs/00_core.ipynb #d201785f
 _bits = {1:torch.uint8, 2:torch.int16, 4:torch.int32, 8:torch.int64}
 
 def paste_boxes(
@@ -186,18 +194,19 @@ def paste_boxes(
     size:tuple, # Shape of the picture, d numbers
 ) -> Tensor: # (bs, ..., *size), new memory, of `x`'s class, dtype and memory format
     "`x`, with a box of each sample's partner pasted into it"
-    rows = _memory_rows(x) if x.element_size() in _bits else None
+    _check_length(x, idx)
+    rows = _memory_rows(x, x.requires_grad) if x.element_size() in _bits else None
     if rows is None:
         mask = box_mask(boxes, size)
         return torch.where(mask.view(len(mask), *[1]*(x.ndim-1-len(size)), *size), x[idx], x)
     res = recycled(rows).copy_(rows).as_strided(x.shape, x.stride())
     out,src = (o.view(_bits[x.element_size()]).numpy() for o in (res,plain(x.detach())))
-    for o,j,ends in zip(out, idx.tolist(), boxes.expand(len(x), -1, -1).tolist()):
+    for o,j,ends in zip(out, idx.tolist(), boxes.clamp_min(0).expand(len(x), -1, -1).tolist()):
         box = ...,*map(slice, *ends)
         o[box] = src[j][box]
     return _shaped(res, x)
 
-# %% ../nbs/00_core.ipynb #35b15a18
+# %% ../nbs/00_core.ipynb #80c0d97e
 class Plan:
     "How one batch is mixed. This one leaves every sample alone; its subclasses mix"
     def __init__(self,
@@ -230,8 +239,9 @@ class Plan:
         device:torch.device, # Where the batch is
     ) -> Plan: # Itself
         "Move the plan to `device`, without waiting for it"
-        if self.pairs.device==device: return self
-        self.__dict__.update({k:v.to(device, non_blocking=device.type=='cuda') for k,v in self.__dict__.items() if isinstance(v, Tensor)})
+        device = torch.device(device)
+        if self.pairs.device!=device:
+            vars(self).update({k:v.to(device, non_blocking=device.type=='cuda') for k,v in vars(self).items() if isinstance(v, Tensor)})
         return self
 
     def mix(self,
@@ -252,7 +262,7 @@ class BlendPlan(Plan):
     def mix(self, x): return blend_partners(x, self.pairs, self.shares)
     def weighs(self, y): return True
 
-# %% ../nbs/00_core.ipynb #a67ac527
+# %% ../nbs/00_core.ipynb #8887569f
 class CutPlan(Plan):
     "A `Plan` that pastes a box of each sample's partner into it"
     def __init__(self,
@@ -260,8 +270,8 @@ class CutPlan(Plan):
         idx:Tensor, # (bs,), int64: the position of each sample's partner
         size:tuple, # Shape of the picture, d numbers
     ):
-        self.boxes,self.size = boxes,tuple(size)
-        area = (boxes[...,1,:]-boxes[...,0,:]).clamp_min(0).prod(-1)
+        self.boxes,self.size = boxes.clamp_min(0).minimum(torch.tensor(size, device=boxes.device)),tuple(size)
+        area = self.boxes.diff(dim=-2).squeeze(-2).clamp_min(0).prod(-1)
         super().__init__((1 - area/math.prod(size)).float(), idx)
 
     def weighs(self, y):

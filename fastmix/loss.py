@@ -81,17 +81,26 @@ def per_sample(
     if len(lam) not in (1,len(u)): lam = lam.repeat_interleave(len(u)//len(lam), 0)
     return lam.view(*lam.shape, *[1]*(u.ndim-lam.ndim))
 
-# %% ../nbs/02_loss.ipynb #d762ee3f
+# %% ../nbs/02_loss.ipynb #fb745a96
 _class_losses = {nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss, LabelSmoothingCrossEntropy}
 _known = {nn.BCELoss, nn.BCEWithLogitsLoss, nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, F.binary_cross_entropy,
     F.binary_cross_entropy_with_logits, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, FocalLoss, DiceLoss}
 _wrappers = {partial, BaseLoss, CrossEntropyLossFlat, BCEWithLogitsLossFlat, FocalLossFlat, LabelSmoothingCrossEntropyFlat}
 
+def _code(cls): return cls.__call__,getattr(cls, 'forward', None)
+_published = {o:_code(o) for o in _class_losses | _known | _wrappers if isinstance(o, type)}
+
+def _as_published(f):
+    if inspect.isfunction(f): return True
+    own = {'forward','__call__'} & vars(f).keys() or getattr(f, '_forward_hooks', ()) or getattr(f, '_forward_pre_hooks', ())
+    return not own and _code(type(f))==_published.get(type(f))
+
 def _is_one_of(losses, layers):
     *outer,f = layers
-    return (type(f) in losses or inspect.isfunction(f) and f in losses) and all(type(o) in _wrappers for o in outer)
+    named = type(f) in losses or inspect.isfunction(f) and f in losses
+    return named and all(type(o) in _wrappers for o in outer) and all(map(_as_published, layers))
 
-# %% ../nbs/02_loss.ipynb #4e15d09b
+# %% ../nbs/02_loss.ipynb #ed8c830c
 _class_args = dict(weight=None, ignore_index=-100, label_smoothing=0., reduction='mean')
 
 def class_loss_args(
@@ -102,30 +111,31 @@ def class_loss_args(
     if not _is_one_of(_class_losses, layers): return None
     res = dict(func=layers[-1]) | {k:getattr(layers[-1], k, v) for k,v in _class_args.items()} | dict(axis=None)
     for o in reversed(layers[:-1]):
-        if isinstance(o, partial): res |= o.keywords
-        elif o.flatten and o.is_2d and o.axis: res['axis'] = o.axis
+        if isinstance(o, partial) and o.keywords.keys()<=_class_args.keys() and not o.args: res |= o.keywords
+        elif isinstance(o, BaseLoss) and o.flatten and o.is_2d and o.axis: res['axis'] = o.axis
         else: return None
-    return res if len(res)==6 else None
+    return res if res['reduction'] in ('mean','sum','none') else None
 
 def known(
     loss_func, # Loss, as a fastai `Learner` takes it
 ) -> bool:
     "Is `loss_func` one of PyTorch's or fastai's losses whose way of reducing is known?"
-    return class_loss_args(loss_func) is not None or _is_one_of(_known, loss_layers(loss_func))
+    layers = loss_layers(loss_func)
+    told = set().union(*(o.keywords for o in layers if isinstance(o, partial)))
+    return class_loss_args(loss_func) is not None or _is_one_of(_known, layers) and 'weight' not in told
 
-# %% ../nbs/02_loss.ipynb #34ea7bff
-def _to_axis(o, axis): return o if axis==1 else o.movedim(1, axis)
-
+# %% ../nbs/02_loss.ipynb #91d28c6d
 def _fit_classes(y, shape, axis, flattens):
     "`y` (bs, 2, ...) as two classes in `axis`, for each place of the predictions' `shape`"
-    if (len(y),*y.shape[2:])==shape[:axis]+shape[axis+1:]: return _to_axis(y, axis)
+    if (len(y),*y.shape[2:])==shape[:axis]+shape[axis+1:]: return y.movedim(1, axis)
     if not flattens: raise ValueError(
         f'Targets of shape {tuple(y[:,0].shape)} do not fit predictions of shape {tuple(shape)} with the classes in dimension {axis}')
-    flat = torch.empty(shape, device='meta').transpose(axis, -1).shape[:-1]
-    def fit(o): return o.transpose(axis, -1).reshape(flat)[...,None].transpose(axis, -1)
+    flat = [*shape]
+    flat[axis] = flat[-1]
+    def fit(o): return o.transpose(axis, -1).reshape(flat[:-1])[...,None].transpose(axis, -1)
     return torch.cat([fit(o) for o in y.unbind(1)], axis)
 
-# %% ../nbs/02_loss.ipynb #18b82200
+# %% ../nbs/02_loss.ipynb #4038dabf
 def _smooth(logp, axis, weight):
     "The mean over all classes, each with its `weight`"
     if weight is not None: logp = logp*unsqueeze_as(weight, logp.transpose(axis, 0)).transpose(axis, 0)
@@ -145,7 +155,7 @@ def lerp_class_loss(
     logp = pred if isinstance(f, nn.NLLLoss) or f is F.nll_loss else F.log_softmax(pred, axis)
     y = _fit_classes(plain(y).long()[plan.pairs], pred.shape, axis, flattens)
     keep = y != ignore_index
-    y,share = y*keep,_to_axis(per_sample(plan.shares, y), axis)*keep
+    y,share = y*keep,per_sample(plan.shares, y).movedim(1, axis)*keep
     w = share if weight is None else share*weight[y]
     n = w.sum() if reduction=='mean' else 1
     def reduce(u):
@@ -153,7 +163,7 @@ def lerp_class_loss(
         return u.sum(axis, keepdim=True).transpose(axis, -1).flatten() if flattens else u.sum(axis)
     res = reduce(torch.where(keep, logp.gather(axis, y), 0) * (w/-n))   # 0 rather than 0 times -inf
     if isinstance(f, LabelSmoothingCrossEntropy): eps,smooth = f.eps,_smooth(logp, axis, None) / (y.numel()/2 if reduction=='mean' else 1)
-    elif eps: smooth = _smooth(logp, axis, weight) * (share/n).sum(axis, keepdim=True)
+    elif eps: smooth = torch.where(keep.any(axis, keepdim=True), _smooth(logp, axis, weight), 0) * (share/n).sum(axis, keepdim=True)
     return (1-eps)*res - eps*reduce(smooth) if eps else res
 
 # %% ../nbs/02_loss.ipynb #7f9ed6ef
@@ -268,7 +278,7 @@ def armed_for(self:MixLoss, yb) -> bool:
     "Are the losses to be mixed for `yb`, the same memory that the loss was armed with?"
     return any(self.mixed) and len(yb)==len(self.targets) and all(map(_same, yb, self.targets))
 
-# %% ../nbs/02_loss.ipynb #e29db266
+# %% ../nbs/02_loss.ipynb #1b5a8162
 @patch
 def __call__(self:MixLoss,
     pred, # Predictions for the mixed inputs
@@ -277,10 +287,11 @@ def __call__(self:MixLoss,
     **kwargs # For `loss_func`
 ) -> Tensor: # Reduced as `loss_func` reduces
     "The mixed loss where armed for `yb`, else `loss_func(pred, *yb)`"
-    if plan is not None: yb = self.arm(plan, yb)
+    if plan is not None:
+        try: return self(pred, *self.arm(plan, yb), **kwargs)
+        finally: self.disarm()
     loss_func = partial(self.loss_func, **kwargs) if kwargs else self.loss_func
     if not self.armed_for(yb): return loss_func(pred, *yb)
     yb1 = None if all(self.mixed) else tuple(y[self.plan.idx] if m else y for y,m in zip(yb, self.mixed))
     res,self.used = lerp_loss(loss_func, self.plan, pred, yb, yb1),True
-    if plan is not None: self.disarm()
     return res

@@ -1,8 +1,8 @@
 "Properties of λ, partners, blends and boxes, over many draws"
-import math, pickle
+import math, pickle, subprocess, sys
 import numpy as np, pytest, scipy.stats, torch
 from hypothesis import given, settings, strategies as st
-from fastmix.core import BlendPlan, CutPlan, blend, box_mask, draw_boxes, draw_lam, draw_partners
+from fastmix.core import BlendPlan, CutPlan, blend, box_mask, draw_boxes, draw_lam, draw_partners, unsqueeze_as
 from fastmix.mixes import Blend, Choice, Cut, Mix
 
 rng = np.random.default_rng(0)
@@ -96,7 +96,8 @@ def test_mixing_in_one_pass(size, dtype, layout):
         got,x64 = BlendPlan(lam, idx).mix(x), x.double()
         w = lam.double()[:,None,None,None]
         ulp = torch.finfo(dtype).eps
-        assert (got.double() - (w*x64 + (1-w)*x64[idx])).abs().max() <= .51*ulp + 1e-7*(dtype!=torch.float64) + 1e-15
+        want = w*x64 + (1-w)*x64[idx]
+        assert ((got.double()-want).abs() <= .51*ulp*want + 2e-7*(dtype!=torch.float64) + 1e-15).all()
         assert got.dtype==dtype and (layout in ('batch_inside', 'expanded') or got.stride()==torch.empty_like(x).stride())
     cut = CutPlan(boxes, idx, x.shape[2:]).mix(x)
     for i,((a,b),(c,d)) in enumerate(boxes):
@@ -118,6 +119,52 @@ def test_memory_is_lent_once():
     torch.testing.assert_close(w.grad, want.sum()[None])
     place = plan.mix(x).data_ptr()
     assert plan.mix(x).data_ptr()==place
+
+def test_memory_is_not_lent_again_at_exit():
+    "Where finalizers run though their objects live on"
+    code = """import atexit, torch
+from fastmix.core import BlendPlan
+def mix(v): return BlendPlan(torch.full((2,), .5), torch.tensor([1,0])).mix(torch.full((2,3,300,300), v))
+held = mix(1.)
+@atexit.register
+def late(): mix(2.); print(held.min().item(), held.max().item())
+import weakref; weakref.finalize(late, int)"""
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()==['1.0','1.0']
+
+kinds = [(4,6), (1024,3,16,16), (4,3,200,200)]
+
+@pytest.mark.parametrize('size', kinds, ids=['small','narrow','wide'])
+def test_a_plan_is_for_one_length(size):
+    x,plan = torch.rand(size), BlendPlan(torch.tensor([.7]), draw_partners(size[0], rng))
+    for wrong in x[:-1], torch.cat([x, x[:1]]):
+        with pytest.raises(ValueError, match=f'{size[0]} samples .* batch of {len(wrong)}'): plan.mix(wrong)
+    box = CutPlan(torch.tensor([[[1,1],[3,3]]]), torch.tensor([1,0]), (6,6))
+    with pytest.raises(ValueError, match='2 samples .* batch of 3'): box.mix(torch.rand(3, 1, 6, 6))
+
+@pytest.mark.parametrize('cast', [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize('size', kinds, ids=['small','narrow','wide'])
+def test_autocast_changes_nothing(size, dtype, cast):
+    x = torch.rand(size).to(dtype)
+    plan = Blend(1.).draw(x)
+    with torch.autocast('cpu', dtype=cast): got = plan.mix(x)
+    assert got.dtype==dtype and got.equal(plan.mix(x))
+
+@pytest.mark.parametrize('size', kinds, ids=['small','narrow','wide'])
+def test_any_float_is_a_lam(size):
+    x,idx,lam = torch.rand(size), draw_partners(size[0], rng), torch.rand(size[0], dtype=torch.float64)
+    want = unsqueeze_as(lam, x)*x + (1-unsqueeze_as(lam, x))*x[idx]
+    torch.testing.assert_close(BlendPlan(lam, idx).mix(x), want.float())
+    BlendPlan(lam.requires_grad_(), idx).mix(x).sum().backward()
+    torch.testing.assert_close(lam.grad, (x-x[idx]).flatten(1).sum(1).double(), rtol=1e-3, atol=1e-3)
+
+def test_a_box_is_clipped():
+    x,idx = torch.arange(2.).view(2,1,1,1).expand(2,1,8,8), torch.tensor([1,0])
+    for box in ([-3,-2],[2,3]), ([5,5],[9,20]):
+        plan = CutPlan(torch.tensor([box]), idx, (8,8))
+        for o in plan.mix(x), plan.mix(x.clone().requires_grad_()): torch.testing.assert_close(o.mean((1,2,3)), torch.cat([1-plan.lam, plan.lam]))
+    for o in torch.randn(2, 1, 8, 8, dtype=torch.complex64).conj(), torch.randn(2, 1, 8, 8, dtype=torch.complex64).conj().imag:
+        assert plan.mix(o).equal(torch.where(box_mask(plan.boxes, (8,8))[:,None], o[idx], o))
 
 def test_gradients_flow_through_a_mixture():
     x = torch.rand(4, 3, 8, 8, requires_grad=True)
@@ -150,6 +197,35 @@ def test_a_changed_hyper_parameter_is_heard_at_once():
     assert mix.draw(x).lam.mean() < .6
     mix.alpha = 0
     assert mix.draw(x).mix(x) is x
+
+class Own(Blend):
+    "Hyper-parameters that change in place"
+    def __init__(self):
+        super().__init__()
+        self.alphas,self.w = [1e-3],np.ones(3)
+    def plan(self, x, n, idx): return BlendPlan(draw_lam(n, self.alphas[0]*self.w.mean(), self.rng), idx)
+
+def test_a_hyper_parameter_changed_in_place_is_heard_at_once():
+    x,mix = torch.rand(64, 1), Own()
+    for _ in range(9): assert mix.draw(x).lam.mean() > .99
+    mix.alphas[0] = 1e3
+    assert mix.draw(x).lam.mean() < .6
+    mix.w = np.full(3, 1e-6)
+    assert mix.draw(x).lam.mean() > .99
+
+def test_plans_of_inference_stay_there():
+    x,mix = torch.rand(8, 1), Blend()
+    with torch.inference_mode():
+        for _ in range(4): mix.draw(x)
+    assert not mix.draw(x).shares.is_inference()
+
+def test_a_choice_takes_any_sequence():
+    assert Choice([Blend(), Cut()], np.array([.25,.75])).p==[.25,.75]
+    with pytest.raises(ValueError, match='empty'): Choice([])
+
+def test_a_plan_moves_to_a_device_by_name():
+    plan = Blend().draw(torch.rand(4, 1))
+    assert plan.to('cpu') is plan and plan.to('meta').lam.is_meta
 
 def test_a_mix_is_pickled_without_what_it_drew_ahead():
     "So that a learner exported on a GPU loads without one"

@@ -2,7 +2,7 @@
 from functools import partial
 import pytest, torch, torch.nn.functional as F
 from torch import nn
-from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, DiceLoss, FocalLossFlat, L1LossFlat, LabelSmoothingCrossEntropy
+from fastai.losses import BaseLoss, BCEWithLogitsLossFlat, CrossEntropyLossFlat, DiceLoss, FocalLossFlat, L1LossFlat, LabelSmoothingCrossEntropy
 from fastai.losses import LabelSmoothingCrossEntropyFlat, MSELossFlat
 from fastai.torch_core import TensorBase, TensorCategory
 from fastmix.bench import count_ops, loss_steps, peak_mb
@@ -229,6 +229,42 @@ def test_a_loop_without_a_learner_is_mixed_only_where_it_says_so():
     loss(pred, y, plan=Blend(1.).draw(pred))
     assert loss(pred, y).equal(F.cross_entropy(pred, y)) and not loss.targets
 
+def test_a_call_that_fails_leaves_nothing_armed():
+    pred,y,loss = torch.randn(8, C), torch.arange(8)%C, MixLoss(nn.CrossEntropyLoss())
+    with pytest.raises(Exception): loss(pred[:4], y, plan=Blend(1.).draw(pred))
+    assert loss.plan is None and not loss.targets
+    loss = MixLoss(nn.BCEWithLogitsLoss())
+    loss(pred, torch.rand(8, C), plan=Blend(1.).draw(pred))
+    assert loss.plan is None and not loss.targets
+
+def twice(f): return lambda *args, **kwargs: 2*f(*args, **kwargs)
+def own_forward(f):
+    f.forward = twice(f.forward)
+    return f
+def hooked(f):
+    f.register_forward_hook(lambda f, args, res: 2*res)
+    return f
+def hooked_before(f):
+    f.register_forward_pre_hook(lambda f, args: (2*args[0], args[1]))
+    return f
+def inside(f):
+    own_forward(f.func)
+    return f
+
+changed = [own_forward(nn.CrossEntropyLoss()), hooked(nn.CrossEntropyLoss()), inside(CE()), hooked_before(nn.CrossEntropyLoss())]
+
+@pytest.mark.parametrize('f', changed, ids=['forward','hook','inside','pre-hook'])
+def test_a_changed_loss_is_not_taken_for_the_published_one(f):
+    pred,y,plan = torch.randn(8, C), torch.arange(8)%C, Blend(1.).draw(torch.rand(8, C))
+    want = mean_of(ce(), plan, 2*pred, y) if f._forward_pre_hooks else 2*mean_of(ce(), plan, pred, y)
+    close(MixLoss(f)(pred, y, plan=plan), want)
+
+@pytest.mark.parametrize('cls,name', [(nn.CrossEntropyLoss,'forward'), (CE,'__call__'), (BaseLoss,'__call__')], ids=str)
+def test_a_changed_class_is_not_taken_for_the_published_one(cls, name, monkeypatch):
+    pred,y,plan,loss_func = torch.randn(8, C), torch.arange(8)%C, Blend(1.).draw(torch.rand(8, C)), CE()
+    monkeypatch.setattr(cls, name, twice(getattr(cls, name)))
+    close(MixLoss(loss_func)(pred, y, plan=plan), 2*mean_of(ce(), plan, pred, y))
+
 class Hidden(nn.Module):
     "Void targets that no attribute tells of"
     reduction = 'mean'
@@ -351,6 +387,23 @@ def test_a_class_that_is_masked_out():
     pred,y,plan = torch.randn(4, C), torch.tensor([1,2,-100,3]), BlendPlan(torch.tensor([.9,.8,.7,.6]), torch.tensor([1,2,3,0]))
     pred[:,0] = -1e4
     close(MixLoss(nn.CrossEntropyLoss())(pred.where(pred>-1e4, -torch.inf), y, plan=plan), mean_of(ce(), plan, pred, y))
+
+def test_an_ignored_row_may_hold_anything():
+    "Beside label smoothing too, as in PyTorch"
+    pred,y,plan = torch.randn(4, C), torch.tensor([1,2,-100,-100]), BlendPlan(torch.tensor([.9,.8,.7,.6]), torch.tensor([1,0,3,2]))
+    want = mean_of(ce(smooth=.1, ignore=-100), plan, pred, y)
+    pred[2:] = torch.tensor([torch.inf,-torch.inf,torch.nan,0.])
+    close(MixLoss(nn.CrossEntropyLoss(label_smoothing=.1))(pred, y, plan=plan), want)
+
+def test_an_unknown_reduction_is_the_losses_own_error():
+    pred = torch.randn(4, C)
+    with pytest.raises(ValueError, match='avg'): MixLoss(nn.CrossEntropyLoss(reduction='avg'))(pred, torch.arange(4), plan=Blend().draw(pred))
+
+def test_a_weighted_mean_is_not_the_mean_of_weighted_losses():
+    "PyTorch's regression losses divide by the sum of the weights"
+    pred,y,plan = torch.randn(8, 2), torch.randn(8, 2), Blend(1.).draw(torch.rand(8, 1))
+    with pytest.raises(ValueError, match='per_batch=True'):
+        MixLoss(partial(F.mse_loss, weight=torch.rand(8, 2)), y_int=True)(pred, y, plan=plan)
 
 compiled = [nn.CrossEntropyLoss(), CE(weight=w, axis=1), LS(), F.cross_entropy, partial(F.cross_entropy, label_smoothing=.1), nn.BCEWithLogitsLoss()]
 
