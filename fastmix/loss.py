@@ -81,7 +81,7 @@ def per_sample(
     if len(lam) not in (1,len(u)): lam = lam.repeat_interleave(len(u)//len(lam), 0)
     return lam.view(*lam.shape, *[1]*(u.ndim-lam.ndim))
 
-# %% ../nbs/02_loss.ipynb #fb745a96
+# %% ../nbs/02_loss.ipynb #3c9f888a
 _class_losses = {nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss, LabelSmoothingCrossEntropy}
 _known = {nn.BCELoss, nn.BCEWithLogitsLoss, nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, F.binary_cross_entropy,
     F.binary_cross_entropy_with_logits, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, FocalLoss, DiceLoss}
@@ -92,8 +92,9 @@ _published = {o:_code(o) for o in _class_losses | _known | _wrappers if isinstan
 
 def _as_published(f):
     if inspect.isfunction(f): return True
-    own = {'forward','__call__'} & vars(f).keys() or getattr(f, '_forward_hooks', ()) or getattr(f, '_forward_pre_hooks', ())
-    return not own and _code(type(f))==_published.get(type(f))
+    own = vars(f)
+    changed = 'forward' in own or own.get('_forward_hooks') or own.get('_forward_pre_hooks')
+    return not changed and _code(type(f))==_published.get(type(f))
 
 def _is_one_of(losses, layers):
     *outer,f = layers

@@ -15,15 +15,15 @@ from .core import *
 # %% auto #0
 __all__ = ['Mix', 'Blend', 'Cut', 'Choice']
 
-# %% ../nbs/01_mixes.ipynb #6654aaeb
+# %% ../nbs/01_mixes.ipynb #0aeb4367
 class _Ahead:
     "Plans drawn ahead for batches of one kind"
-    fixed = bool,int,float,str,type(None),np.random.Generator
+    fixed = {bool,int,float,str,type(None),np.random.Generator}
     def __init__(self): self.kind,self.plans,self.n = None,[],1
     def __reduce__(self): return _Ahead,()   # a mix is pickled without them
 
     def next(self, kind, settings, bs, draw):
-        kind = (*kind,*settings) if all(isinstance(o, self.fixed) for o in settings) else None
+        kind = (*kind,*settings) if self.fixed.issuperset(map(type, settings)) else None
         if kind is None or kind!=self.kind: self.kind,self.plans,self.n = kind,[],1
         if not self.plans: self.plans,self.n = draw(self.n).unbind(),min(2*self.n, max(4096//max(bs, 1), 1))
         return self.plans.pop()
