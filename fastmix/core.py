@@ -125,12 +125,11 @@ def _blend_narrow(x, pairs, shares):
         w[:,2:] -= w[:,:2].to(x.dtype)
     return F.embedding_bag(pairs, x, per_sample_weights=w.to(x.dtype), mode='sum')
 
-# %% ../nbs/00_core.ipynb #f3c5cc7c
+# %% ../nbs/00_core.ipynb #a5b1a07a
 def _memory_rows(x, needs_grad):
     "`x` as rows of a processor's memory, if that is what it is, and needs neither a gradient nor a compiler"
     if not x.is_cpu or needs_grad and torch.is_grad_enabled() or torch.compiler.is_compiling(): return None
-    strange = x.is_conj() or x.is_neg() or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
-    return _rows(plain(x)) if x.numel() and not strange else None
+    return _rows(plain(x)) if type(x).__torch_dispatch__ is Tensor.__torch_dispatch__ and x.numel() else None
 
 def _shaped(rows, x):
     "`rows`, in the shape, memory format and class of `x`"
@@ -184,7 +183,7 @@ def box_mask(
         mask = mask & inside.view(-1, *[n if i==d else 1 for i in range(len(size))])
     return mask
 
-# %% ../nbs/00_core.ipynb #d201785f
+# %% ../nbs/00_core.ipynb #133dc070
 _bits = {1:torch.uint8, 2:torch.int16, 4:torch.int32, 8:torch.int64}
 
 def paste_boxes(
@@ -200,7 +199,7 @@ def paste_boxes(
         mask = box_mask(boxes, size)
         return torch.where(mask.view(len(mask), *[1]*(x.ndim-1-len(size)), *size), x[idx], x)
     res = recycled(rows).copy_(rows).as_strided(x.shape, x.stride())
-    out,src = (o.view(_bits[x.element_size()]).numpy() for o in (res,plain(x.detach())))
+    out,src = (o.view(_bits[x.element_size()]).numpy() for o in (res,plain(x.detach()).resolve_conj().resolve_neg()))
     for o,j,ends in zip(out, idx.tolist(), boxes.clamp_min(0).expand(len(x), -1, -1).tolist()):
         box = ...,*map(slice, *ends)
         o[box] = src[j][box]

@@ -125,10 +125,12 @@ def known(
     told = set().union(*(o.keywords for o in layers if isinstance(o, partial)))
     return class_loss_args(loss_func) is not None or _is_one_of(_known, layers) and 'weight' not in told
 
-# %% ../nbs/02_loss.ipynb #91d28c6d
+# %% ../nbs/02_loss.ipynb #5f5e7a7e
+def _to_axis(o, axis): return o if axis==1 else o.movedim(1, axis)
+
 def _fit_classes(y, shape, axis, flattens):
     "`y` (bs, 2, ...) as two classes in `axis`, for each place of the predictions' `shape`"
-    if (len(y),*y.shape[2:])==shape[:axis]+shape[axis+1:]: return y.movedim(1, axis)
+    if (len(y),*y.shape[2:])==shape[:axis]+shape[axis+1:]: return _to_axis(y, axis)
     if not flattens: raise ValueError(
         f'Targets of shape {tuple(y[:,0].shape)} do not fit predictions of shape {tuple(shape)} with the classes in dimension {axis}')
     flat = [*shape]
@@ -136,7 +138,7 @@ def _fit_classes(y, shape, axis, flattens):
     def fit(o): return o.transpose(axis, -1).reshape(flat[:-1])[...,None].transpose(axis, -1)
     return torch.cat([fit(o) for o in y.unbind(1)], axis)
 
-# %% ../nbs/02_loss.ipynb #4038dabf
+# %% ../nbs/02_loss.ipynb #a2ca9b2e
 def _smooth(logp, axis, weight):
     "The mean over all classes, each with its `weight`"
     if weight is not None: logp = logp*unsqueeze_as(weight, logp.transpose(axis, 0)).transpose(axis, 0)
@@ -156,7 +158,7 @@ def lerp_class_loss(
     logp = pred if isinstance(f, nn.NLLLoss) or f is F.nll_loss else F.log_softmax(pred, axis)
     y = _fit_classes(plain(y).long()[plan.pairs], pred.shape, axis, flattens)
     keep = y != ignore_index
-    y,share = y*keep,per_sample(plan.shares, y).movedim(1, axis)*keep
+    y,share = y*keep,_to_axis(per_sample(plan.shares, y), axis)*keep
     w = share if weight is None else share*weight[y]
     n = w.sum() if reduction=='mean' else 1
     def reduce(u):

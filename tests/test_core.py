@@ -190,8 +190,8 @@ def test_a_plan_fits_its_batch(mix):
         if isinstance(plan, CutPlan): assert plan.size==shape[2:] and (plan.boxes<=torch.tensor(shape[2:])).all()
 
 def test_a_changed_hyper_parameter_is_heard_at_once():
-    x,mix = torch.rand(64, 1), Blend(1e-3)
-    for _ in range(9): assert mix.draw(x).lam.mean() > .99
+    x,mix = torch.rand(64, 1), Blend(1e-5)
+    for _ in range(9): assert mix.draw(x).lam.mean() > .9
     mix.alpha = 1e3
     assert mix.draw(x).lam.mean() < .6
     mix.alpha = 0
@@ -201,16 +201,16 @@ class Own(Blend):
     "Hyper-parameters that change in place"
     def __init__(self):
         super().__init__()
-        self.alphas,self.w = [1e-3],np.ones(3)
+        self.alphas,self.w = [1e-5],np.ones(3)
     def plan(self, x, n, idx): return BlendPlan(draw_lam(n, self.alphas[0]*self.w.mean(), self.rng), idx)
 
 def test_a_hyper_parameter_changed_in_place_is_heard_at_once():
     x,mix = torch.rand(64, 1), Own()
-    for _ in range(9): assert mix.draw(x).lam.mean() > .99
+    for _ in range(9): assert mix.draw(x).lam.mean() > .9
     mix.alphas[0] = 1e3
     assert mix.draw(x).lam.mean() < .6
-    mix.w = np.full(3, 1e-6)
-    assert mix.draw(x).lam.mean() > .99
+    mix.w = np.full(3, 1e-8)
+    assert mix.draw(x).lam.mean() > .9
 
 def test_plans_of_inference_stay_there():
     x,mix = torch.rand(8, 1), Blend()
