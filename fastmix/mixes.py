@@ -15,20 +15,21 @@ from .core import *
 # %% auto #0
 __all__ = ['Mix', 'Blend', 'Cut', 'Choice']
 
-# %% ../nbs/01_mixes.ipynb #0aeb4367
+# %% ../nbs/01_mixes.ipynb #9b9238dc
 class _Ahead:
     "Plans drawn ahead for batches of one kind"
-    fixed = {bool,int,float,str,type(None),np.random.Generator}
     def __init__(self): self.kind,self.plans,self.n = None,[],1
     def __reduce__(self): return _Ahead,()   # a mix is pickled without them
 
     def next(self, kind, settings, bs, draw):
-        kind = (*kind,*settings) if self.fixed.issuperset(map(type, settings)) else None
+        kind = (*kind,*settings) if _fixed.issuperset(map(type, settings)) else None
         if kind is None or kind!=self.kind: self.kind,self.plans,self.n = kind,[],1
         if not self.plans: self.plans,self.n = draw(self.n).unbind(),min(2*self.n, max(4096//max(bs, 1), 1))
         return self.plans.pop()
 
-# %% ../nbs/01_mixes.ipynb #64a17ede
+_fixed = {bool,int,float,str,type(None),np.random.Generator,_Ahead}
+
+# %% ../nbs/01_mixes.ipynb #b73ddd69
 class Mix:
     "Base class of the mixes: a random stream, and `draw`, which answers with a `Plan` for each batch. This one leaves batches alone"
     def __init__(self,
@@ -52,8 +53,7 @@ class Mix:
         "Draw the plan for one batch"
         bs,n = len(x),1 if per_batch or self.per_batch else len(x)
         def plans(k): return self.plan(x, (k,n), torch.stack([draw_partners(bs, self.rng) for _ in range(k)])).to(x.device)
-        settings = [o for o in vars(self).values() if o is not self.ahead]
-        return self.ahead.next((x.shape, n, x.device, torch.is_inference_mode_enabled()), settings, bs, plans)
+        return self.ahead.next((x.shape, n, x.device, torch.is_inference_mode_enabled()), vars(self).values(), bs, plans)
 
     def plan(self,
         x:Tensor, # (bs, ...) The input to mix
