@@ -4,3 +4,4 @@ from fastmix.loss import *
 from fastmix.callback import *
 from fastmix.data import *
 from fastmix.show import *
+from fastmix.check import *
