@@ -19,7 +19,7 @@ from .mixes import *
 from .loss import *
 
 # %% auto #0
-__all__ = ['MixHandler', 'check_batch', 'MixUp', 'CutMix', 'OneOf']
+__all__ = ['MixHandler', 'check_batch', 'MixUp', 'CutMix', 'ResizeMix', 'FMix', 'GridMix', 'OneOf']
 
 # %% ../nbs/03_callback.ipynb #a1e77872
 class MixHandler(Callback):
@@ -143,15 +143,47 @@ class MixUp(MixHandler):
         y_int:bool=None, # Mix the losses (True) or the targets (False)? Else as the loss and the target's type say
     ): super().__init__(Blend(alpha, per_batch, fold), y_int)
 
-# %% ../nbs/03_callback.ipynb #4d698211
+# %% ../nbs/03_callback.ipynb #0d0ccb98
 class CutMix(MixHandler):
     "Paste a box of another sample of its batch into each training sample: [CutMix](https://arxiv.org/abs/1905.04899)"
     def __init__(self,
         alpha:float=1., # The box covers the share 1-λ, before clipping, with λ from Beta(`alpha`,`alpha`); 0 is off
         per_batch:bool=False, # One box for the whole batch, as in the paper, instead of one per sample?
         fold:bool=False, # Replace λ by max(λ, 1-λ), so that the box covers half of the picture at most?
+        min_side:float=0., # Least side of the box, before clipping, as a share of the picture's
+        max_side:float=1., # Largest side of the box, as a share of the picture's
         y_int:bool=None, # Mix the losses (True) or the targets (False)? Else as the loss and the target's type say
-    ): super().__init__(Cut(alpha, per_batch, fold), y_int)
+    ): super().__init__(Cut(alpha, per_batch, fold, min_side, max_side), y_int)
+
+# %% ../nbs/03_callback.ipynb #af9513d4
+class ResizeMix(MixHandler):
+    "Shrink another sample of its batch into a box of each training sample: [ResizeMix](https://arxiv.org/abs/2012.11101)"
+    def __init__(self,
+        min_side:float=.1, # Least side of the box, as a share of the picture's
+        max_side:float=.8, # Largest side of the box, as a share of the picture's
+        per_batch:bool=False, # One box for the whole batch instead of one per sample?
+        y_int:bool=None, # Mix the losses (True) or the targets (False)? Else as the loss and the target's type say
+    ): super().__init__(ResizeCut(min_side, max_side, per_batch), y_int)
+
+class FMix(MixHandler):
+    "Paste regions of any shape of another sample of its batch into each training sample: [FMix](https://arxiv.org/abs/2002.12047)"
+    def __init__(self,
+        alpha:float=1., # The regions cover the share 1-λ, with λ from Beta(`alpha`,`alpha`); 0 is off
+        decay:float=3., # δ: how fast the noise falls with the frequency; the larger, the smoother the regions
+        per_batch:bool=False, # One mask for the whole batch, as in the paper's own code, instead of one per sample?
+        fold:bool=False, # Replace λ by max(λ, 1-λ)?
+        y_int:bool=None, # Mix the losses (True) or the targets (False)? Else as the loss and the target's type say
+    ): super().__init__(FourierCut(alpha, decay, per_batch, fold), y_int)
+
+class GridMix(MixHandler):
+    "Paste cells of a grid of another sample of its batch into each training sample: [GridMix](https://doi.org/10.1016/j.patcog.2020.107594)"
+    def __init__(self,
+        alpha:float=1., # The cells cover the share 1-λ, with λ from Beta(`alpha`,`alpha`); 0 is off
+        cells:int=4, # Cells along each side
+        per_batch:bool=False, # The same cells for the whole batch instead of others for each sample?
+        fold:bool=False, # Replace λ by max(λ, 1-λ)?
+        y_int:bool=None, # Mix the losses (True) or the targets (False)? Else as the loss and the target's type say
+    ): super().__init__(GridCut(alpha, cells, per_batch, fold), y_int)
 
 # %% ../nbs/03_callback.ipynb #e089bff4
 class OneOf(MixHandler):

@@ -16,7 +16,9 @@ from torch import Tensor
 
 # %% auto #0
 __all__ = ['private_rng', 'check_alpha', 'draw_lam', 'draw_partners', 'unsqueeze_as', 'blend', 'plain', 'recycled',
-           'blend_partners', 'draw_boxes', 'box_mask', 'paste_boxes', 'Plan', 'BlendPlan', 'CutPlan']
+           'blend_partners', 'draw_boxes', 'box_mask', 'paste_mask', 'paste_boxes', 'draw_grid_masks',
+           'draw_fourier_masks', 'draw_inner_boxes', 'shrink_into', 'Plan', 'BlendPlan', 'RegionPlan', 'CutPlan',
+           'ResizePlan', 'MaskPlan']
 
 # %% ../nbs/00_core.ipynb #1570cbb1
 def _rank():
@@ -183,7 +185,16 @@ def box_mask(
         mask = mask & inside.view(-1, *[n if i==d else 1 for i in range(len(size))])
     return mask
 
-# %% ../nbs/00_core.ipynb #133dc070
+# %% ../nbs/00_core.ipynb #ec477d94
+def paste_mask(
+    x:Tensor, # (bs, ..., *size) The samples
+    x1:Tensor, # (bs, ..., *size) What to paste
+    mask:Tensor, # (bs, *size), or (1, *size) for the whole batch, bool: where to paste
+) -> Tensor: # (bs, ..., *size), new memory, of `x`'s class and dtype
+    "`x1` where `mask` says so, and `x` elsewhere"
+    return torch.where(mask.view(len(mask), *[1]*(x.ndim-mask.ndim), *mask.shape[1:]), x1, x)
+
+# %% ../nbs/00_core.ipynb #6b723f4d
 _bits = {1:torch.uint8, 2:torch.int16, 4:torch.int32, 8:torch.int64}
 
 def paste_boxes(
@@ -195,15 +206,79 @@ def paste_boxes(
     "`x`, with a box of each sample's partner pasted into it"
     _check_length(x, idx)
     rows = _memory_rows(x, x.requires_grad) if x.element_size() in _bits else None
-    if rows is None:
-        mask = box_mask(boxes, size)
-        return torch.where(mask.view(len(mask), *[1]*(x.ndim-1-len(size)), *size), x[idx], x)
+    if rows is None: return paste_mask(x, x[idx], box_mask(boxes, size))
     res = recycled(rows).copy_(rows).as_strided(x.shape, x.stride())
     out,src = (o.view(_bits[x.element_size()]).numpy() for o in (res,plain(x.detach()).resolve_conj().resolve_neg()))
     for o,j,ends in zip(out, idx.tolist(), boxes.clamp_min(0).expand(len(x), -1, -1).tolist()):
         box = ...,*map(slice, *ends)
         o[box] = src[j][box]
     return _shaped(res, x)
+
+# %% ../nbs/00_core.ipynb #c6b797a4
+def _highest(height, lam, rng):
+    "Where `height` (..., n, *size) is highest: the share `1-lam` (..., n) of the places, rounded up or down at random"
+    rows = height.reshape(lam.numel(), -1)
+    counts = np.floor((1-lam.double().numpy().ravel()) * rows.shape[1] + rng.random(len(rows))).astype(int)
+    least = [np.partition(row, -n)[-n] if n else np.inf for row,n in zip(rows, counts)]
+    return torch.from_numpy((rows >= np.array(least)[:,None]).reshape(height.shape))
+
+def draw_grid_masks(
+    lam:Tensor, # (..., n) Share of the volume to keep
+    size:tuple, # Shape of the picture, signal or volume, d numbers
+    rng:np.random.Generator, # Where the numbers come from
+    cells:int=4, # Cells along each side
+) -> Tensor: # (..., n, *size), bool: paste here?
+    "Draw cells of a grid, the share `1-lam` of all ([GridMix](https://doi.org/10.1016/j.patcog.2020.107594))"
+    grid = _highest(rng.random((*lam.shape, *[cells]*len(size))), lam, rng)
+    return grid[(..., *np.ix_(*[np.arange(n)*cells//n for n in size]))]
+
+# %% ../nbs/00_core.ipynb #7dd8c88e
+def _frequencies(size):
+    "Cycles along the longest side, of each term of a real Fourier transform over `size`"
+    axes = [np.fft.fftfreq(n) for n in size[:-1]] + [np.fft.rfftfreq(size[-1])]
+    return np.sqrt(sum(o**2 for o in np.meshgrid(*axes, indexing='ij'))) * max(size)
+
+def draw_fourier_masks(
+    lam:Tensor, # (..., n) Share of the volume to keep
+    size:tuple, # Shape of the picture, signal or volume, d numbers
+    rng:np.random.Generator, # Where the numbers come from
+    decay:float=3., # δ: how fast the amplitude falls with the frequency; the larger, the smoother the regions
+) -> Tensor: # (..., n, *size), bool: paste here?
+    "Draw the highest parts of low-frequency noise, the share `1-lam` of the volume ([FMix](https://arxiv.org/abs/2002.12047), section 4)"
+    amplitude = np.maximum(_frequencies(size), 1.)**-decay
+    heard = amplitude > 3e-5
+    z = np.zeros((*lam.shape, *amplitude.shape), np.complex64)
+    z[...,heard] = (rng.standard_normal((*lam.shape, heard.sum(), 2)) @ [1,1j]) * amplitude[heard]
+    return _highest(torch.fft.irfftn(torch.from_numpy(z), s=size).numpy(), lam, rng)
+
+# %% ../nbs/00_core.ipynb #cab3e3c1
+def draw_inner_boxes(
+    scale:Tensor, # (..., n) Sides of the box, as a share of the picture's
+    size:tuple, # Shape of the picture, signal or volume, d numbers
+    rng:np.random.Generator, # Where the numbers come from
+) -> Tensor: # (..., n, 2, d), int64: the first corner, and the one just past the box
+    "Draw boxes that lie within the picture, uniform in place"
+    place,nudge = rng.random((2, *scale.shape, len(size)))
+    sides = np.floor(scale.double().numpy()[...,None]*size + nudge)
+    first = np.floor(place * (np.array(size)-sides+1))
+    return torch.from_numpy(np.stack([first, first+sides], -2).astype(np.int64))
+
+# %% ../nbs/00_core.ipynb #fc44be28
+def shrink_into(
+    x:Tensor, # (bs, ..., *size) The samples
+    boxes:Tensor, # (bs, 2, d), or (1, 2, d) for the whole batch
+    size:tuple, # Shape of the picture, d numbers
+) -> Tensor: # (bs, ..., *size): right in the boxes; elsewhere its border goes on
+    "Shrink each sample so that all of it is in its box"
+    for i,n in enumerate(size, -len(size)):
+        first,past = boxes[:,:,i,None].unbind(1)
+        at = (torch.arange(n, device=x.device)+.5-first) / (past-first).clamp_min(1) * n - .5
+        low = at.floor().long()
+        def along(o): return o.view(len(o), *[1]*(x.ndim-1+i), n, *[1]*(-1-i))
+        def take(o): return x.gather(i, along(o.clamp(0, n-1)).expand(x.shape))
+        if not x.is_floating_point(): x = take((at+.5).floor().long())
+        else: x = torch.lerp(take(low), take(low+1), along((at-low).clamp(0, 1)).to(x.dtype))
+    return x
 
 # %% ../nbs/00_core.ipynb #80c0d97e
 class Plan:
@@ -261,17 +336,25 @@ class BlendPlan(Plan):
     def mix(self, x): return blend_partners(x, self.pairs, self.shares)
     def weighs(self, y): return True
 
-# %% ../nbs/00_core.ipynb #8887569f
-class CutPlan(Plan):
-    "A `Plan` that pastes a box of each sample's partner into it"
+# %% ../nbs/00_core.ipynb #08a933c1
+class RegionPlan(Plan):
+    "Base class of the plans that paste a region of each sample's partner into it. `region` is its mask: (bs, *size), or (1, *size)"
     def __init__(self,
-        boxes:Tensor, # (bs, 2, d), or (1, 2, d) for the whole batch, as from `draw_boxes`
+        lam:Tensor, # (bs,), or (1,) for the whole batch: the share of the picture that remains
         idx:Tensor, # (bs,), int64: the position of each sample's partner
         size:tuple, # Shape of the picture, d numbers
     ):
-        self.boxes,self.size = boxes.clamp_min(0).minimum(torch.tensor(size, device=boxes.device)),tuple(size)
-        area = self.boxes.diff(dim=-2).squeeze(-2).clamp_min(0).prod(-1)
-        super().__init__((1 - area/math.prod(size)).float(), idx)
+        self.size = tuple(size)
+        super().__init__(lam, idx)
+
+    def paste(self,
+        x:Tensor, # (bs, ..., *size)
+    ) -> Tensor: # (bs, ..., *size)
+        "What a subclass may override: each partner's region, pasted into `x`"
+        _check_length(x, self.pairs)
+        return paste_mask(x, x[self.idx], self.region)
+
+    def mix(self, x): return blend_partners(x, self.pairs, self.shares) if self.weighs(x) else self.paste(x)
 
     def weighs(self, y):
         dense = y.shape[-len(self.size):]==self.size and y.ndim>len(self.size)
@@ -281,4 +364,34 @@ class CutPlan(Plan):
             f'Can not cut a tensor of shape {tuple(y.shape)} along with pictures of size {self.size}: '
             'give it their size (and a channel dimension, for values along a signal), or blend the batch (`MixUp`) instead of cutting it.')
 
-    def mix(self, x): return blend_partners(x, self.pairs, self.shares) if self.weighs(x) else paste_boxes(x, self.idx, self.boxes, self.size)
+# %% ../nbs/00_core.ipynb #e01102cc
+class CutPlan(RegionPlan):
+    "A `Plan` that pastes a box of each sample's partner into it"
+    def __init__(self,
+        boxes:Tensor, # (bs, 2, d), or (1, 2, d) for the whole batch, as from `draw_boxes`
+        idx:Tensor, # (bs,), int64: the position of each sample's partner
+        size:tuple, # Shape of the picture, d numbers
+    ):
+        self.boxes = boxes.clamp_min(0).minimum(torch.tensor(size, device=boxes.device))
+        area = self.boxes.diff(dim=-2).squeeze(-2).clamp_min(0).prod(-1)
+        super().__init__((1 - area/math.prod(size)).float(), idx, size)
+
+    @property
+    def region(self): return box_mask(self.boxes, self.size)
+    def paste(self, x): return paste_boxes(x, self.idx, self.boxes, self.size)
+
+class ResizePlan(CutPlan):
+    "A `Plan` that shrinks each sample's partner into a box"
+    def paste(self, x):
+        _check_length(x, self.pairs)
+        return paste_mask(x, shrink_into(x[self.idx], self.boxes, self.size), self.region)
+
+class MaskPlan(RegionPlan):
+    "A `Plan` that pastes what a mask shows of each sample's partner"
+    def __init__(self,
+        region:Tensor, # (bs, *size), or (1, *size) for the whole batch, bool: paste here?
+        idx:Tensor, # (bs,), int64: the position of each sample's partner
+        size:tuple, # Shape of the picture, d numbers
+    ):
+        self.region = region
+        super().__init__(1 - region.flatten(-len(size)).float().mean(-1), idx, size)

@@ -13,25 +13,26 @@ from torch import Tensor
 from .core import *
 
 # %% auto #0
-__all__ = ['Mix', 'Blend', 'Cut', 'Choice']
+__all__ = ['Mix', 'BetaMix', 'Blend', 'picture_size', 'check_sides', 'Cut', 'ResizeCut', 'FourierCut', 'GridCut', 'Choice']
 
-# %% ../nbs/01_mixes.ipynb #9b9238dc
+# %% ../nbs/01_mixes.ipynb #18bffe8b
 class _Ahead:
     "Plans drawn ahead for batches of one kind"
     def __init__(self): self.kind,self.plans,self.n = None,[],1
     def __reduce__(self): return _Ahead,()   # a mix is pickled without them
 
-    def next(self, kind, settings, bs, draw):
+    def next(self, kind, settings, most, draw):
         kind = (*kind,*settings) if _fixed.issuperset(map(type, settings)) else None
         if kind is None or kind!=self.kind: self.kind,self.plans,self.n = kind,[],1
-        if not self.plans: self.plans,self.n = draw(self.n).unbind(),min(2*self.n, max(4096//max(bs, 1), 1))
+        if not self.plans: self.plans,self.n = draw(self.n).unbind(),min(2*self.n, most)
         return self.plans.pop()
 
 _fixed = {bool,int,float,str,type(None),np.random.Generator,_Ahead}
 
-# %% ../nbs/01_mixes.ipynb #b73ddd69
+# %% ../nbs/01_mixes.ipynb #1e69fc4d
 class Mix:
     "Base class of the mixes: a random stream, and `draw`, which answers with a `Plan` for each batch. This one leaves batches alone"
+    n_ahead = 4096   # Samples to draw for at once, at most
     def __init__(self,
         per_batch:bool=False, # One λ for the whole batch, as in the paper's own code, instead of one per sample?
     ):
@@ -53,7 +54,8 @@ class Mix:
         "Draw the plan for one batch"
         bs,n = len(x),1 if per_batch or self.per_batch else len(x)
         def plans(k): return self.plan(x, (k,n), torch.stack([draw_partners(bs, self.rng) for _ in range(k)])).to(x.device)
-        return self.ahead.next((x.shape, n, x.device, torch.is_inference_mode_enabled()), vars(self).values(), bs, plans)
+        kind = x.shape,n,x.device,torch.is_inference_mode_enabled()
+        return self.ahead.next(kind, vars(self).values(), max(self.n_ahead//max(bs, 1), 1), plans)
 
     def plan(self,
         x:Tensor, # (bs, ...) The input to mix
@@ -63,38 +65,123 @@ class Mix:
         "What a subclass overrides: draw λ, and whatever else it takes; one whose plans depend on the values in `x` overrides `draw`"
         return Plan(torch.ones(len(idx), 1), idx)
 
-# %% ../nbs/01_mixes.ipynb #911f5506
-class Blend(Mix):
+# %% ../nbs/01_mixes.ipynb #e1fb3cf9
+class BetaMix(Mix):
+    "Base class of the mixes that draw λ from Beta(`alpha`,`alpha`)"
+    def __init__(self,
+        alpha:float, # Parameter of the Beta distribution; 0 is off
+        per_batch:bool=False, # One λ for the whole batch instead of one per sample?
+        fold:bool=False, # Replace λ by max(λ, 1-λ)?
+    ):
+        super().__init__(per_batch)
+        self.alpha,self.fold = check_alpha(alpha),fold
+
+    def plan(self, x, n, idx):
+        if not self.alpha: return super().plan(x, n, idx)
+        return self.mixture(draw_lam(n, self.alpha, self.rng, self.fold), idx, x)
+
+    def mixture(self,
+        lam:Tensor, # (batches, bs), or (batches, 1)
+        idx:Tensor, # (batches, bs), int64: the positions of the partners
+        x:Tensor, # (bs, ...) The input to mix
+    ) -> Plan: # For several batches like `x`
+        "What a subclass overrides: make a plan of λ"
+
+# %% ../nbs/01_mixes.ipynb #ce69a149
+class Blend(BetaMix):
     "Blend each sample with its partner: [mixup](https://arxiv.org/abs/1710.09412), eq. 1"
     def __init__(self,
         alpha:float=.4, # λ comes from Beta(`alpha`,`alpha`); .1 to .4 usually does well, large values underfit, 0 is off
         per_batch:bool=False, # One λ for the whole batch, as in the paper's own code, instead of one per sample?
         fold:bool=True, # Replace λ by max(λ, 1-λ)? The paper's own code does not
-    ):
-        super().__init__(per_batch)
-        self.alpha,self.fold = check_alpha(alpha),fold
+    ): super().__init__(alpha, per_batch, fold)
 
-    def plan(self, x, n, idx):
-        if not self.alpha: return super().plan(x, n, idx)
-        return BlendPlan(draw_lam(n, self.alpha, self.rng, self.fold), idx)
+    def mixture(self, lam, idx, x): return BlendPlan(lam, idx)
 
-# %% ../nbs/01_mixes.ipynb #5bdbe110
-class Cut(Mix):
+# %% ../nbs/01_mixes.ipynb #149dba28
+def picture_size(
+    x:Tensor, # (bs, channels, *size)
+) -> tuple: # d numbers: 1 for signals, 2 for pictures, 3 for volumes
+    "The size of the pictures in `x`; a `ValueError` if there is none"
+    if x.ndim>2: return x.shape[2:]
+    raise ValueError(
+        f'An input of shape {tuple(x.shape)} has no place to cut a box from: use `MixUp`, or give inputs of shape (batch, channels, *size)')
+
+def check_sides(min_side, max_side):
+    "A `ValueError` where the sides of a box, as shares of the picture's, are not in order and between 0 and 1"
+    if not 0<=min_side<=max_side<=1: raise ValueError(
+        f'min_side and max_side are shares of the picture\'s side, and must satisfy 0 <= min_side <= max_side <= 1, but they are {min_side!r} and {max_side!r}')
+    return float(min_side),float(max_side)
+
+# %% ../nbs/01_mixes.ipynb #19da2e5c
+class Cut(BetaMix):
     "Paste a box of its partner into each sample: [CutMix](https://arxiv.org/abs/1905.04899)"
     def __init__(self,
         alpha:float=1., # The box covers the share 1-λ, before clipping, with λ from Beta(`alpha`,`alpha`); 0 is off
         per_batch:bool=False, # One box for the whole batch, as in the paper, instead of one per sample?
         fold:bool=False, # Replace λ by max(λ, 1-λ), so that the box covers half of the picture at most?
+        min_side:float=0., # Least side of the box, before clipping, as a share of the picture's
+        max_side:float=1., # Largest side of the box, as a share of the picture's
+    ):
+        super().__init__(alpha, per_batch, fold)
+        self.min_side,self.max_side = check_sides(min_side, max_side)
+
+    def mixture(self, lam, idx, x):
+        size = picture_size(x)
+        lam = lam.clamp(1-self.max_side**len(size), 1-self.min_side**len(size))
+        return CutPlan(draw_boxes(lam, size, self.rng), idx, size)
+
+# %% ../nbs/01_mixes.ipynb #ea36fea5
+class ResizeCut(Mix):
+    "Shrink its partner into a box of each sample: [ResizeMix](https://arxiv.org/abs/2012.11101)"
+    def __init__(self,
+        min_side:float=.1, # Least side of the box, as a share of the picture's
+        max_side:float=.8, # Largest side of the box, as a share of the picture's
+        per_batch:bool=False, # One box for the whole batch instead of one per sample?
     ):
         super().__init__(per_batch)
-        self.alpha,self.fold = check_alpha(alpha),fold
+        self.min_side,self.max_side = check_sides(min_side, max_side)
 
     def plan(self, x, n, idx):
-        if not self.alpha: return super().plan(x, n, idx)
-        size = x.shape[2:]
-        if not size: raise ValueError(
-            f'An input of shape {tuple(x.shape)} has no place to cut a box from: use `MixUp`, or give inputs of shape (batch, channels, *size)')
-        return CutPlan(draw_boxes(draw_lam(n, self.alpha, self.rng, self.fold), size, self.rng), idx, size)
+        size = picture_size(x)
+        sides = torch.from_numpy(self.rng.uniform(self.min_side, self.max_side, n))
+        return ResizePlan(draw_inner_boxes(sides, size, self.rng), idx, size)
+
+# %% ../nbs/01_mixes.ipynb #d6f20392
+class FourierCut(BetaMix):
+    "Paste regions of any shape, the highest parts of low-frequency noise: [FMix](https://arxiv.org/abs/2002.12047)"
+    n_ahead = 0
+    def __init__(self,
+        alpha:float=1., # The regions cover the share 1-λ, with λ from Beta(`alpha`,`alpha`); 0 is off
+        decay:float=3., # δ: how fast the noise falls with the frequency; the larger, the smoother the regions
+        per_batch:bool=False, # One mask for the whole batch, as in the paper's own code, instead of one per sample?
+        fold:bool=False, # Replace λ by max(λ, 1-λ)?
+    ):
+        super().__init__(alpha, per_batch, fold)
+        if not decay>=0: raise ValueError(f'decay must be a number of at least 0 (larger is smoother, 3 usual), but it is {decay!r}')
+        self.decay = float(decay)
+
+    def mixture(self, lam, idx, x):
+        size = picture_size(x)
+        return MaskPlan(draw_fourier_masks(lam, size, self.rng, self.decay), idx, size)
+
+# %% ../nbs/01_mixes.ipynb #a330e306
+class GridCut(BetaMix):
+    "Paste cells of a grid: [GridMix](https://doi.org/10.1016/j.patcog.2020.107594), without its loss of each cell"
+    n_ahead = 0
+    def __init__(self,
+        alpha:float=1., # The cells cover the share 1-λ, with λ from Beta(`alpha`,`alpha`); 0 is off
+        cells:int=4, # Cells along each side
+        per_batch:bool=False, # The same cells for the whole batch instead of others for each sample?
+        fold:bool=False, # Replace λ by max(λ, 1-λ)?
+    ):
+        super().__init__(alpha, per_batch, fold)
+        if not (isinstance(cells, int) and cells>=1): raise ValueError(f'cells must be a whole number of at least 1, but it is {cells!r}')
+        self.cells = cells
+
+    def mixture(self, lam, idx, x):
+        size = picture_size(x)
+        return MaskPlan(draw_grid_masks(lam, size, self.rng, self.cells), idx, size)
 
 # %% ../nbs/01_mixes.ipynb #a7f2cbef
 class Choice(Mix):

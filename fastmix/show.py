@@ -17,7 +17,7 @@ from .mixes import *
 from .callback import *
 
 # %% auto #0
-__all__ = ['mix_caption', 'show_mixed_target']
+__all__ = ['mix_caption', 'show_mixed_target', 'outline']
 
 # %% ../nbs/05_show.ipynb #eb826e27
 def mix_caption(
@@ -42,7 +42,15 @@ def show_mixed_target(
     for o,share in ((y,lam),(y1,1-lam)): o.show(ctx=ctx, alpha=.7*share)
     return f'{lam:.2f} own mask + {1-lam:.2f} partner'
 
-# %% ../nbs/05_show.ipynb #ab0d6294
+# %% ../nbs/05_show.ipynb #3ddba4dc
+def outline(
+    region:Tensor, # (height, width), bool
+    ctx, # Axes that show the picture
+):
+    "Draw a line along the border of `region`"
+    if region.any() and not region.all(): ctx.contour(region.float().cpu(), levels=[.5], colors='w', linewidths=1)
+
+# %% ../nbs/05_show.ipynb #c7d0677e
 @patch
 def show_mix(self:MixHandler,
     dls:DataLoaders, # Where the batch comes from, and how it is decoded
@@ -62,10 +70,13 @@ def show_mix(self:MixHandler,
     items  = decode([y if w else plan.mix(y) for y,w in zip(yb, weighed)])
     items1 = decode([y[plan.idx] for y in yb])
     if not hasattr(items[0][0], 'show'): raise TypeError(f'show_mix shows pictures, but the input is a {type(items[0][0]).__name__}')
-    for item,item1,lam,ctx in zip(items, items1, plan.lam.expand(len(plan.idx)).tolist(), get_grid(len(items), nrows, ncols, figsize)):
+    regions = plan.region.expand(len(xb[0]), *plan.size) if isinstance(plan, RegionPlan) else [None]*len(items)
+    axs = get_grid(len(items), nrows, ncols, figsize)
+    for item,item1,lam,region,ctx in zip(items, items1, plan.lam.expand(len(plan.idx)).tolist(), regions, axs):
         for o in item[:dls.n_inp]: ctx = o.show(ctx=ctx)
         pairs = zip(item[dls.n_inp:], item1[dls.n_inp:], weighed)
         captions = [show_mixed_target(y, y1, lam, ctx) if w else y.show(ctx=ctx) and None for y,y1,w in pairs]
+        if region is not None: outline(region, ctx)
         if any(captions): ctx.set_title('\n'.join(fill(o, 26) for o in captions if o))
 
 # %% ../nbs/05_show.ipynb #cf537b1b

@@ -1,13 +1,14 @@
 "`check_mix`: what is right passes, each of the faults seen in the field is caught"
 import pytest, torch
 from fastai.callback.core import Callback
-from fastmix.callback import CutMix, MixHandler, MixUp, OneOf
+from fastmix.callback import CutMix, FMix, GridMix, MixHandler, MixUp, OneOf, ResizeMix
 from fastmix.check import check_losses, check_mix
 from fastmix.core import BlendPlan, CutPlan, draw_boxes, draw_lam
 from fastmix.mixes import Blend, Cut
 
 mixers = [MixUp(1.), MixUp(1., fold=False), MixUp(.4, per_batch=True), MixUp(0), CutMix(), CutMix(fold=True), CutMix(per_batch=True)]
-mixers += [OneOf(MixUp(.4), CutMix())]
+mixers += [OneOf(MixUp(.4), CutMix()), CutMix(min_side=.2, max_side=.6), ResizeMix(), ResizeMix(per_batch=True), FMix(), FMix(.5, per_batch=True)]
+mixers += [FMix(decay=1., fold=True), GridMix(), GridMix(cells=7, per_batch=True), OneOf(ResizeMix(), FMix(), GridMix())]
 
 @pytest.mark.parametrize('size', [(16,16), (1,9), (20,), (4,5,6)], ids=str)
 @pytest.mark.parametrize('kind', check_losses)

@@ -1,0 +1,89 @@
+"Regions other than the box of CutMix: share, place, and what is pasted"
+import numpy as np, pytest, torch, torch.nn.functional as F
+from fastmix.core import MaskPlan, ResizePlan, draw_fourier_masks, draw_grid_masks, draw_inner_boxes, paste_mask, shrink_into
+from fastmix.mixes import Cut, FourierCut, GridCut, ResizeCut
+
+rng = np.random.default_rng(0)
+sizes = [(12,9), (1,16), (30,), (4,5,6)]
+
+@pytest.mark.parametrize('size', sizes, ids=str)
+@pytest.mark.parametrize('draw', [draw_fourier_masks, draw_grid_masks])
+def test_masks_have_the_share_that_was_asked_for(draw, size):
+    "To a pixel (or to what a cell covers), and on average exactly"
+    lam = torch.from_numpy(rng.random(2000))
+    masks = draw(lam, size, rng)
+    share = masks.flatten(1).double().mean(1)
+    assert masks.shape==(2000,*size) and masks.dtype==torch.bool
+    if draw is draw_fourier_masks: assert (share-(1-lam)).abs().max() <= 1/masks[0].numel() + 1e-6
+    assert abs((share-(1-lam)).mean()) < .01
+
+@pytest.mark.parametrize('draw', [draw_fourier_masks, draw_grid_masks])
+def test_every_place_is_pasted_as_often_as_any_other(draw):
+    often = draw(torch.full((4000,), .7), (8,10), rng).double().mean(0)
+    assert (often-.3).abs().max() < .05
+
+def test_smoothness_grows_with_decay():
+    "Neighbours differ less often, and at δ=0 as often as in white noise: 2 λ (1-λ)"
+    def border(decay):
+        m = draw_fourier_masks(torch.full((200,), .5), (32,32), rng, decay)
+        return (m[:,1:]!=m[:,:-1]).double().mean()
+    a,b,c = border(0.), border(1.5), border(3.)
+    assert abs(a-.5) < .01 and a > 2*b > 4*c
+
+def test_a_fourier_mask_is_the_highest_part_of_the_paper_s_landscape():
+    "Against a transform of all frequencies, term by term, from the same noise"
+    size,lam,decay = (6,7), torch.tensor([.4]), 1.
+    state = np.random.default_rng(3)
+    z = state.standard_normal((1,6*4,2)) @ [1,1j]
+    got = draw_fourier_masks(lam, size, np.random.default_rng(3), decay)[0]
+    fy,fx = np.fft.fftfreq(6)[:,None], np.fft.rfftfreq(7)[None]
+    spectrum = z.reshape(6,4) / np.maximum(np.hypot(fy, fx)*7, 1)**decay
+    g = np.zeros(size)
+    for y in range(6):
+        for x in range(7):
+            for i in range(6):
+                for j in range(4):
+                    term = spectrum[i,j]*np.exp(2j*np.pi*(fy[i,0]*y+fx[0,j]*x))
+                    g[y,x] += term.real*(1 if j==0 else 2)
+    # the terms at j=0 need their mirror images to be real, which irfft takes for granted: half of each pair
+    order = g.ravel().argsort()[::-1]
+    n = int(got.sum())
+    assert n in (25,26) and abs(np.corrcoef(got.ravel(), g.ravel()>=g.ravel()[order[n-1]])[0,1]) > .9
+
+def test_inner_boxes_lie_within_and_are_uniform():
+    scale = torch.from_numpy(rng.uniform(.1, .8, 5000))
+    boxes = draw_inner_boxes(scale, (20,31), rng)
+    sides = (boxes[:,1]-boxes[:,0]).double()
+    assert (boxes>=0).all() and (boxes[:,1]<=torch.tensor([20,31])).all()
+    assert ((sides-scale[:,None]*torch.tensor([20.,31.])).abs() < 1).all()
+    centre = boxes.double().mean(1)/torch.tensor([20.,31.])
+    assert (centre.mean(0)-.5).abs().max() < .01 and (boxes[:,0]==0).any() and (boxes[:,1]==torch.tensor([20,31])).any()
+
+@pytest.mark.parametrize('size,mode', [((20,),'linear'), ((12,16),'bilinear'), ((6,8,10),'trilinear')], ids=str)
+def test_a_partner_is_shrunk_as_interpolate_does(size, mode):
+    x,n = torch.rand(6, 2, *size), len(size)
+    boxes = draw_inner_boxes(torch.tensor([.2,.4,.5,.7,.9,1.]), size, rng)
+    ints = (x*100).long()
+    for got,got_int,o,(a,b) in zip(shrink_into(x, boxes, size), shrink_into(ints, boxes, size), x, boxes):
+        box = ...,*map(slice, a, b)
+        torch.testing.assert_close(got[box], F.interpolate(o[None], tuple(b-a), mode=mode)[0], rtol=1e-4, atol=1e-5)
+        nearest = F.interpolate((o*100).long()[None].double(), tuple((b-a).tolist()), mode='nearest-exact')[0]
+        assert got_int[box].equal(nearest.long())
+
+def test_boxes_keep_their_sides():
+    "Before clipping: never more than the largest, and no less than the least where no border is near"
+    x = torch.rand(400, 1, 40, 50)
+    plan = Cut(1., min_side=.3, max_side=.5).draw(x)
+    sides = plan.boxes[:,1]-plan.boxes[:,0]
+    inside = ((plan.boxes[:,0]>0) & (plan.boxes[:,1]<torch.tensor([40,50]))).all(1)
+    assert (sides<=torch.tensor([21,26])).all() and (sides[inside]>=torch.tensor([11,14])).all() and inside.sum()>20
+
+@pytest.mark.parametrize('make', [lambda: Cut(min_side=-.1), lambda: Cut(max_side=1.5), lambda: ResizeCut(.5, .4), lambda: FourierCut(decay=-1.),
+    lambda: FourierCut(decay=float('nan')), lambda: GridCut(cells=0), lambda: GridCut(cells=2.5)])
+def test_bad_settings_are_named(make):
+    with pytest.raises(ValueError, match='(min_side and max_side|decay|cells) .* (is|are) '): make()
+
+@pytest.mark.parametrize('mix', [Cut(), ResizeCut(), FourierCut(), GridCut()], ids=lambda o: type(o).__name__)
+def test_no_place_no_region(mix):
+    with pytest.raises(ValueError, match='no place'): mix.draw(torch.rand(4, 10))
+    with pytest.raises(ValueError, match='8 samples .* batch of 5'): mix.draw(torch.rand(8, 1, 6, 6)).mix(torch.rand(5, 1, 6, 6))
