@@ -62,10 +62,10 @@ def _witnessed(mixer, kind, size, n_batches, bs=16):
     with learn.no_bar(),learn.no_logging(): learn.fit(1, lr=0., cbs=[mixer, witness := _Witness()])
     return witness.batches
 
-# %% ../nbs/07_check.ipynb #c8c7fd02
+# %% ../nbs/07_check.ipynb #0c29a8cf
 def check_mix(
     mixer:Callback, # A callback that mixes, on no learner: fastmix's, fastai's or your own
-    kind:str='classes', # Of the targets: 'classes', 'labels' (several of them), 'numbers' or 'masks'
+    kind:str='classes', # Of the targets: 'classes', 'labels' (several of them), 'numbers', 'masks' or 'maps'
     size:tuple=(16,16), # Shape of the pictures, signals or volumes
     n_batches:int=8, # How many batches of 16 to mix
 ) -> float: # The largest difference found

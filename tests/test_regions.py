@@ -66,6 +66,15 @@ def test_a_partner_is_shrunk_as_interpolate_does(size, mode):
         nearest = F.interpolate((o*100).long()[None].double(), tuple((b-a).tolist()), mode='nearest-exact')[0]
         assert got_int[box].equal(nearest.long())
 
+def test_all_of_the_partner_is_in_the_box():
+    "And nothing else of the picture has changed"
+    x = torch.rand(8, 3, 24, 30)
+    plan = ResizeCut().draw(x)
+    for got,own,j,(a,b) in zip(plan.mix(x), x, plan.idx, plan.boxes):
+        want,box = own.clone(), (...,*map(slice, a, b))
+        want[box] = F.interpolate(x[j][None], tuple(b-a), mode='bilinear')[0]
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
 def test_boxes_keep_their_sides():
     "Before clipping: never more than the largest, and no less than the least where no border is near"
     x = torch.rand(400, 1, 40, 50)
