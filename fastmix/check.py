@@ -62,7 +62,7 @@ def _witnessed(mixer, kind, size, n_batches, bs=16):
     with learn.no_bar(),learn.no_logging(): learn.fit(1, lr=0., cbs=[mixer, witness := _Witness()])
     return witness.batches
 
-# %% ../nbs/07_check.ipynb #0c29a8cf
+# %% ../nbs/07_check.ipynb #056219d2
 def check_mix(
     mixer:Callback, # A callback that mixes, on no learner: fastmix's, fastai's or your own
     kind:str='classes', # Of the targets: 'classes', 'labels' (several of them), 'numbers', 'masks' or 'maps'
@@ -70,6 +70,8 @@ def check_mix(
     n_batches:int=8, # How many batches of 16 to mix
 ) -> float: # The largest difference found
     "Train on pictures that show their labels; an `AssertionError` where `mixer` teaches another label than it shows, or overwrites a batch"
+    if not isinstance(mixer, Callback): raise TypeError(f'{mixer!r} is no callback: give a mixer such as MixUp(.4), or MixHandler(mix) for a mix')
+    if n_batches<1: raise ValueError(f'n_batches must be at least 1, but it is {n_batches!r}')
     if kind not in check_losses: raise ValueError(f'kind must be one of {", ".join(check_losses)}, but it is {kind!r}')
     with no_random(): batches = _witnessed(mixer, kind, size, n_batches)
     worst = 0.

@@ -214,10 +214,10 @@ def paste_boxes(
         o[box] = src[j][box]
     return _shaped(res, x)
 
-# %% ../nbs/00_core.ipynb #c6b797a4
+# %% ../nbs/00_core.ipynb #6ddb8b10
 def _highest(height, lam, rng):
     "Where `height` (..., n, *size) is highest: the share `1-lam` (..., n) of the places, rounded up or down at random"
-    rows = height.reshape(lam.numel(), -1)
+    rows = height.reshape(lam.numel(), math.prod(height.shape[lam.ndim:]))
     counts = np.floor((1-lam.double().numpy().ravel()) * rows.shape[1] + rng.random(len(rows))).astype(int)
     least = [np.partition(row, -n)[-n] if n else np.inf for row,n in zip(rows, counts)]
     return torch.from_numpy((rows >= np.array(least)[:,None]).reshape(height.shape))
@@ -263,13 +263,14 @@ def draw_inner_boxes(
     first = np.floor(place * (np.array(size)-sides+1))
     return torch.from_numpy(np.stack([first, first+sides], -2).astype(np.int64))
 
-# %% ../nbs/00_core.ipynb #fc44be28
+# %% ../nbs/00_core.ipynb #45591647
 def shrink_into(
     x:Tensor, # (bs, ..., *size) The samples
     boxes:Tensor, # (bs, 2, d), or (1, 2, d) for the whole batch
     size:tuple, # Shape of the picture, d numbers
 ) -> Tensor: # (bs, ..., *size): right in the boxes; elsewhere its border goes on
     "Shrink each sample so that all of it is in its box"
+    like = x
     for i,n in enumerate(size, -len(size)):
         first,past = boxes[:,:,i,None].unbind(1)
         at = (torch.arange(n, device=x.device)+.5-first) / (past-first).clamp_min(1) * n - .5
@@ -278,7 +279,7 @@ def shrink_into(
         def take(o): return x.gather(i, along(o.clamp(0, n-1)).expand(x.shape))
         if not x.is_floating_point(): x = take((at+.5).floor().long())
         else: x = torch.lerp(take(low), take(low+1), along((at-low).clamp(0, 1)).to(x.dtype))
-    return x
+    return torch.empty_like(like).copy_(x)   # in the memory format that it came in
 
 # %% ../nbs/00_core.ipynb #80c0d97e
 class Plan:

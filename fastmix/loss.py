@@ -81,7 +81,7 @@ def per_sample(
     if len(lam) not in (1,len(u)): lam = lam.repeat_interleave(len(u)//len(lam), 0)
     return lam.view(*lam.shape, *[1]*(u.ndim-lam.ndim))
 
-# %% ../nbs/02_loss.ipynb #3c9f888a
+# %% ../nbs/02_loss.ipynb #781993db
 _class_losses = {nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss, LabelSmoothingCrossEntropy}
 _known = {nn.BCELoss, nn.BCEWithLogitsLoss, nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, F.binary_cross_entropy,
     F.binary_cross_entropy_with_logits, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, FocalLoss, DiceLoss}
@@ -90,10 +90,12 @@ _wrappers = {partial, BaseLoss, CrossEntropyLossFlat, BCEWithLogitsLossFlat, Foc
 def _code(cls): return cls.__call__,getattr(cls, 'forward', None)
 _published = {o:_code(o) for o in _class_losses | _known | _wrappers if isinstance(o, type)}
 
+_hooks = '_forward_hooks','_forward_pre_hooks','_backward_hooks','_backward_pre_hooks'
+
 def _as_published(f):
     if inspect.isfunction(f): return True
     own = vars(f)
-    changed = 'forward' in own or own.get('_forward_hooks') or own.get('_forward_pre_hooks')
+    changed = 'forward' in own or any(own.get(o) for o in _hooks)
     return not changed and _code(type(f))==_published.get(type(f))
 
 def _is_one_of(losses, layers):

@@ -67,3 +67,7 @@ def test_it_leaves_no_trace():
 
 def test_an_unknown_kind_is_named():
     with pytest.raises(ValueError, match="masks.*'boxes'"): check_mix(MixUp(.4), 'boxes')
+
+def test_a_check_of_nothing_is_none():
+    with pytest.raises(ValueError, match='n_batches'): check_mix(MixUp(.4), n_batches=0)
+    with pytest.raises(TypeError, match='MixHandler'): check_mix(Blend(.4))

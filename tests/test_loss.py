@@ -259,6 +259,13 @@ def test_a_changed_loss_is_not_taken_for_the_published_one(f):
     want = mean_of(ce(), plan, 2*pred, y) if f._forward_pre_hooks else 2*mean_of(ce(), plan, pred, y)
     close(MixLoss(f)(pred, y, plan=plan), want)
 
+def test_backward_hooks_are_heard():
+    pred,heard = torch.randn(8, C, requires_grad=True), []
+    loss_func = nn.CrossEntropyLoss()
+    loss_func.register_full_backward_hook(lambda f, grads, out: heard.append(1))
+    MixLoss(loss_func)(pred, torch.arange(8)%C, plan=Blend(1.).draw(pred)).backward()
+    assert heard
+
 @pytest.mark.parametrize('cls,name', [(nn.CrossEntropyLoss,'forward'), (CE,'__call__'), (BaseLoss,'__call__')], ids=str)
 def test_a_changed_class_is_not_taken_for_the_published_one(cls, name, monkeypatch):
     pred,y,plan,loss_func = torch.randn(8, C), torch.arange(8)%C, Blend(1.).draw(torch.rand(8, C)), CE()

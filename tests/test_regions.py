@@ -1,5 +1,6 @@
 "Regions other than the box of CutMix: share, place, and what is pasted"
 import numpy as np, pytest, torch, torch.nn.functional as F
+from fastai.vision.core import TensorImage
 from fastmix.core import draw_fourier_masks, draw_grid_masks, draw_inner_boxes, shrink_into
 from fastmix.mixes import Cut, FourierCut, GridCut, ResizeCut
 
@@ -84,9 +85,20 @@ def test_boxes_keep_their_sides():
     assert (sides<=torch.tensor([21,26])).all() and (sides[inside]>=torch.tensor([11,14])).all() and inside.sum()>20
 
 @pytest.mark.parametrize('make', [lambda: Cut(min_side=-.1), lambda: Cut(max_side=1.5), lambda: ResizeCut(.5, .4), lambda: FourierCut(decay=-1.),
-    lambda: FourierCut(decay=float('nan')), lambda: GridCut(cells=0), lambda: GridCut(cells=2.5)])
+    lambda: FourierCut(decay=float('nan')), lambda: Cut(max_side='1'), lambda: FourierCut(decay='3'), lambda: GridCut(cells=0), lambda: GridCut(cells=2.5)])
 def test_bad_settings_are_named(make):
     with pytest.raises(ValueError, match='(min_side and max_side|decay|cells) .* (is|are) '): make()
+
+@pytest.mark.parametrize('mix', [Cut(), ResizeCut(), FourierCut(), GridCut()], ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64, torch.uint8], ids=str)
+def test_class_dtype_and_memory_format_survive(mix, dtype):
+    x = TensorImage(torch.rand(8, 3, 12, 16)*200).to(dtype).contiguous(memory_format=torch.channels_last)
+    got,kept = (plan := mix.draw(x)).mix(x),x.clone()
+    assert type(got) is TensorImage and got.dtype==dtype and got.stride()==x.stride() and x.equal(kept)
+    outside = ~plan.region[:,None].expand(x.shape)
+    assert torch.Tensor(got)[outside].equal(torch.Tensor(x)[outside])
+    empty = x[:0]
+    assert mix.draw(empty).mix(empty).shape==empty.shape
 
 @pytest.mark.parametrize('mix', [Cut(), ResizeCut(), FourierCut(), GridCut()], ids=lambda o: type(o).__name__)
 def test_no_place_no_region(mix):
