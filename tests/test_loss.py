@@ -5,7 +5,7 @@ from torch import nn
 from fastai.losses import BaseLoss, BCEWithLogitsLossFlat, CrossEntropyLossFlat, DiceLoss, FocalLossFlat, L1LossFlat, LabelSmoothingCrossEntropy
 from fastai.losses import LabelSmoothingCrossEntropyFlat, MSELossFlat
 from fastai.torch_core import TensorBase, TensorCategory
-from fastmix.bench import count_ops, loss_steps, peak_mb
+from fastmix.bench import count_ops, loss_steps
 from fastmix.callback import CutMix, MixUp
 from fastmix.core import BlendPlan
 from fastmix.loss import MixLoss
@@ -374,14 +374,13 @@ def test_legacy_arguments_are_not_guessed():
     for f in partial(F.cross_entropy, size_average=False), CE(weight=w, flatten=False):
         with pytest.raises(ValueError, match='per_batch=True'): MixLoss(f)(pred, y, plan=Blend(.4).draw(pred))
 
-@pytest.mark.parametrize('shape', [(8,21,256,256), (64,200_000)], ids=str)
+@pytest.mark.parametrize('shape', [(8,21,256,256), (64,30_000)], ids=str)
 def test_a_mixed_loss_takes_the_memory_of_a_plain_one(shape):
     "At its peak, within 15 %; all in all, much less than two losses ask for"
     steps = loss_steps(shape)
-    fresh = {name: count_ops(f)['fresh MB'] for name,f in steps.items()}
-    assert fresh['fastmix'] < .7*fresh['two losses']
-    for step in steps.values(): step()
-    assert not peak_mb(steps['fastmix']) > 1.15*peak_mb(steps['plain'])   # nan where the system does not tell
+    plain,two,ours = (count_ops(steps[o]) for o in ('plain','two losses','fastmix'))
+    assert ours['fresh MB'] < .7*two['fresh MB']
+    assert ours['peak MB'] < 1.15*plain['peak MB'] < .9*two['peak MB']
 
 def test_gradients_of_a_mixed_loss():
     pred,y,plan = torch.randn(6, C, dtype=torch.float64, requires_grad=True), torch.arange(6)%C, Blend(1.).draw(torch.rand(6, 1))
