@@ -133,15 +133,16 @@ def check_batch(
             f'An input or target of shape {tuple(o.shape)} has not one row for each of the {len(xb[0])} samples, '
             'so it can not be mixed with its partner')
 
-# %% ../nbs/03_callback.ipynb #b613cec0
+# %% ../nbs/03_callback.ipynb #6efaf3d7
 class MixUp(MixHandler):
     "Blend each training sample with another of its batch: [mixup](https://arxiv.org/abs/1710.09412)"
     def __init__(self,
         alpha:float=.4, # λ comes from Beta(`alpha`,`alpha`); .1 to .4 usually does well, large values underfit, 0 is off
         per_batch:bool=False, # One λ for the whole batch, as in the paper's own code, instead of one per sample?
         fold:bool=True, # Replace λ by max(λ, 1-λ)? The paper's own code does not
+        k:int=2, # Samples in each mixture; of more than two the shares come from a Dirichlet distribution
         y_int:bool=None, # Mix the losses (True) or the targets (False)? Else as the loss and the target's type say
-    ): super().__init__(Blend(alpha, per_batch, fold), y_int)
+    ): super().__init__(Blend(alpha, per_batch, fold, k), y_int)
 
 # %% ../nbs/03_callback.ipynb #0d0ccb98
 class CutMix(MixHandler):

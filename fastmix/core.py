@@ -17,8 +17,8 @@ from torch import Tensor
 # %% auto #0
 __all__ = ['private_rng', 'check_alpha', 'draw_lam', 'draw_partners', 'unsqueeze_as', 'blend', 'plain', 'recycled',
            'blend_partners', 'draw_boxes', 'box_mask', 'paste_mask', 'paste_boxes', 'draw_grid_masks',
-           'draw_fourier_masks', 'draw_inner_boxes', 'shrink_into', 'Plan', 'BlendPlan', 'RegionPlan', 'CutPlan',
-           'ResizePlan', 'MaskPlan']
+           'draw_fourier_masks', 'draw_inner_boxes', 'shrink_into', 'Plan', 'BlendPlan', 'draw_shares', 'BlendManyPlan',
+           'RegionPlan', 'CutPlan', 'ResizePlan', 'MaskPlan']
 
 # %% ../nbs/00_core.ipynb #1570cbb1
 def _rank():
@@ -66,19 +66,22 @@ def unsqueeze_as(
     "View `lam` so that it broadcasts over all but the first dimension of `x`"
     return lam.view(-1, *[1]*(x.ndim-1))
 
-# %% ../nbs/00_core.ipynb #d929ac49
+# %% ../nbs/00_core.ipynb #e47a5c27
+def _in_floats(x, mean):
+    "`mean(dtype)` for a dtype to average `x` in, back in `x`'s own"
+    if not (x.is_floating_point() or x.is_complex() or x.dtype==torch.uint8): raise TypeError(
+        f'An input of dtype {x.dtype} can not be averaged: it holds categories or tokens. '
+        'Give the model a float input (for instance one-hot, or embedded), or train it without mixing.')
+    res = mean(torch.promote_types(x.dtype, torch.float32))
+    return res.round_().to(x.dtype) if x.dtype==torch.uint8 else res.to(x.dtype)
+
 def blend(
     x:Tensor, # (bs, ...) The samples
     x1:Tensor, # (bs, ...) Their partners
     lam:Tensor, # (bs,), or (1,) for the whole batch: weight of `x`
 ) -> Tensor: # (bs, ...), new memory, of `x`'s class, dtype and memory format
     "`lam*x + (1-lam)*x1` (eq. 1 of [mixup](https://arxiv.org/abs/1710.09412)); a `TypeError` for integers other than `uint8`"
-    if not (x.is_floating_point() or x.is_complex() or x.dtype==torch.uint8): raise TypeError(
-        f'An input of dtype {x.dtype} can not be averaged: it holds categories or tokens. '
-        'Give the model a float input (for instance one-hot, or embedded), or train it without mixing.')
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    res = torch.lerp(x1.to(dtype), x.to(dtype), unsqueeze_as(lam, x).to(dtype))
-    return res.round_().to(x.dtype) if x.dtype==torch.uint8 else res.to(x.dtype)
+    return _in_floats(x, lambda dtype: torch.lerp(x1.to(dtype), x.to(dtype), unsqueeze_as(lam, x).to(dtype)))
 
 # %% ../nbs/00_core.ipynb #2c0e4fb8
 def plain(
@@ -117,14 +120,12 @@ def _blend_wide(x, pairs, shares):
     for out,(i,j),(lam,_) in zip(res.unbind(), pairs.tolist(), shares.expand(pairs.shape).tolist()): torch.lerp(x[j], x[i], lam, out=out)
     return res
 
-# %% ../nbs/00_core.ipynb #003db1db
+# %% ../nbs/00_core.ipynb #3453f17c
 def _is_half(x): return x.element_size()<4
 
 def _blend_narrow(x, pairs, shares):
     w = shares.expand(pairs.shape)
-    if _is_half(x):
-        pairs,w = pairs.repeat(1, 2),w.repeat(1, 2)
-        w[:,2:] -= w[:,:2].to(x.dtype)
+    if _is_half(x): pairs,w = pairs.repeat(1, 2),torch.cat([w, w-w.to(x.dtype)], 1)
     return F.embedding_bag(pairs, x, per_sample_weights=w.to(x.dtype), mode='sum')
 
 # %% ../nbs/00_core.ipynb #a5b1a07a
@@ -141,21 +142,26 @@ def _shaped(rows, x):
     res.__dict__.update(x.__dict__)
     return res
 
-# %% ../nbs/00_core.ipynb #c0693333
+# %% ../nbs/00_core.ipynb #e79eae86
 def _check_length(x, plan):
     if len(plan)!=len(x): raise ValueError(f'A plan for {len(plan)} samples can not mix a batch of {len(x)}: draw one for each batch')
 
+def _blend_gathered(x, pairs, shares):
+    if pairs.shape[1]==2: return blend(x, x[pairs[:,1]], shares[:,0])
+    return _in_floats(x, lambda dtype: sum(unsqueeze_as(w, x).to(dtype)*x[j].to(dtype) for j,w in zip(pairs.unbind(1), shares.unbind(1))))
+
 def blend_partners(
     x:Tensor, # (bs, ...) The samples
-    pairs:Tensor, # (bs, 2), int64: the positions of each sample and of its partner
-    shares:Tensor, # (bs, 2), or (1, 2) for the whole batch: λ and 1-λ
+    pairs:Tensor, # (bs, k), int64: the positions of each sample and of its partners
+    shares:Tensor, # (bs, k), or (1, k) for the whole batch: their weights, such as λ and 1-λ
 ) -> Tensor: # (bs, ...), of `x`'s class, dtype and memory format
-    "`blend(x, x[pairs[:,1]], shares[:,0])`, without gathering the partners first where that can be helped"
+    "The weighted mean of each sample and its partners, without gathering the partners first where that can be helped"
     _check_length(x, pairs)
     fast = x.dtype in (torch.float32,torch.bfloat16,torch.float16)
     rows = _memory_rows(x, x.requires_grad or shares.requires_grad) if fast else None
-    if rows is None: return blend(x, x[pairs[:,1]], shares[:,0])
-    if x.nbytes<2**18 and not _is_half(x): f = _blend_small
+    if rows is None: return _blend_gathered(x, pairs, shares)
+    if pairs.shape[1]>2: f = _blend_narrow
+    elif x.nbytes<2**18 and not _is_half(x): f = _blend_small
     else: f = _blend_wide if x.nbytes>=2**17*len(x) else _blend_narrow
     return _shaped(f(rows, pairs, shares), x)
 
@@ -336,6 +342,28 @@ class BlendPlan(Plan):
     "A `Plan` that blends each sample with its partner"
     def mix(self, x): return blend_partners(x, self.pairs, self.shares)
     def weighs(self, y): return True
+
+# %% ../nbs/00_core.ipynb #528ca682
+def draw_shares(
+    n:int, # How many; or a shape, such as (batches, bs)
+    alpha:float, # Parameter of the Dirichlet distribution, above 0: small for mixtures close to one of the samples
+    k:int, # Samples in each mixture
+    rng:np.random.Generator, # Where the numbers come from
+    fold:bool=True, # Largest share first?
+) -> Tensor: # (n, k) or (*n, k), float32: each row sums to 1
+    "Draw the shares of `k` samples from a symmetric Dirichlet distribution"
+    shares = rng.dirichlet([alpha]*k, n)
+    return torch.from_numpy(-np.sort(-shares) if fold else shares).float()
+
+# %% ../nbs/00_core.ipynb #1205b14c
+class BlendManyPlan(BlendPlan):
+    "A `Plan` that blends each sample with several partners"
+    def __init__(self,
+        shares:Tensor, # (bs, k), or (1, k) for the whole batch: the weight of each sample, then those of its partners
+        idx:Tensor, # (bs, k-1), int64: the positions of each sample's partners
+    ):
+        own = torch.arange(idx.shape[-2], device=idx.device)[:,None].expand(*idx.shape[:-1], 1)
+        self.shares,self.pairs = shares,torch.cat([own, idx], -1)
 
 # %% ../nbs/00_core.ipynb #08a933c1
 class RegionPlan(Plan):

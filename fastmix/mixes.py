@@ -89,14 +89,23 @@ class BetaMix(Mix):
     ) -> Plan: # For several batches like `x`
         "What a subclass overrides: make a plan of λ"
 
-# %% ../nbs/01_mixes.ipynb #ce69a149
+# %% ../nbs/01_mixes.ipynb #b4b09338
 class Blend(BetaMix):
     "Blend each sample with its partner: [mixup](https://arxiv.org/abs/1710.09412), eq. 1"
     def __init__(self,
         alpha:float=.4, # λ comes from Beta(`alpha`,`alpha`); .1 to .4 usually does well, large values underfit, 0 is off
         per_batch:bool=False, # One λ for the whole batch, as in the paper's own code, instead of one per sample?
         fold:bool=True, # Replace λ by max(λ, 1-λ)? The paper's own code does not
-    ): super().__init__(alpha, per_batch, fold)
+        k:int=2, # Samples in each mixture; of more than two the shares come from a Dirichlet distribution
+    ):
+        super().__init__(alpha, per_batch, fold)
+        if not (isinstance(k, int) and k>=2): raise ValueError(f'k must be a whole number of at least 2, the samples in each mixture, but it is {k!r}')
+        self.k = k
+
+    def plan(self, x, n, idx):
+        if self.k==2 or not self.alpha: return super().plan(x, n, idx)
+        more = [torch.stack([draw_partners(len(x), self.rng) for _ in idx]) for _ in range(self.k-2)]
+        return BlendManyPlan(draw_shares(n, self.alpha, self.k, self.rng, self.fold), torch.stack([idx, *more], -1))
 
     def mixture(self, lam, idx, x): return BlendPlan(lam, idx)
 

@@ -19,28 +19,26 @@ from .callback import *
 # %% auto #0
 __all__ = ['mix_caption', 'show_mixed_target', 'outline']
 
-# %% ../nbs/05_show.ipynb #eb826e27
+# %% ../nbs/05_show.ipynb #1052b047
 def mix_caption(
-    lam:float, # Share of the sample itself
-    y, # Its target, decoded
-    y1, # Its partner's
+    shares:list, # Of the sample itself, and of its partners
+    ys:list, # Their targets, decoded
 ) -> str: # Such as "0.72 cat + 0.28 dog"
-    "Both targets with their shares; for numbers the blend too"
-    if isinstance(y, float): return f'{lam:.2f}×{y:.3g} + {1-lam:.2f}×{y1:.3g} = {lam*y + (1-lam)*y1:.3g}'
-    def words(o): return ' & '.join(map(str, o)) or '-' if is_listy(o) else str(o)
-    return f'{lam:.2f} {words(y)} + {1-lam:.2f} {words(y1)}'
+    "The targets with their shares; for numbers the blend too"
+    def words(o): return f'× {o:.3g}' if isinstance(o, float) else ' & '.join(map(str, o)) or '-' if is_listy(o) else str(o)
+    res = ' + '.join(f'{w:.2f} {words(y)}' for w,y in zip(shares, ys))
+    return f'{res} = {sum(w*y for w,y in zip(shares, ys)):.3g}' if isinstance(ys[0], float) else res
 
-# %% ../nbs/05_show.ipynb #acef6837
+# %% ../nbs/05_show.ipynb #9fbc5645
 def show_mixed_target(
-    y, # Target, decoded
-    y1, # Partner's target, decoded
-    lam:float, # Share of `y`
+    shares:list, # Of the sample itself, and of its partners
+    ys:list, # Their targets, decoded
     ctx, # Axes that show the picture
 ) -> str: # Caption
-    "Show a target that is weighed by λ: masks over the picture, each as strongly as its share; others as a caption"
-    if not isinstance(y, TensorMask): return mix_caption(lam, y, y1)
-    for o,share in ((y,lam),(y1,1-lam)): o.show(ctx=ctx, alpha=.7*share)
-    return f'{lam:.2f} own mask + {1-lam:.2f} partner'
+    "Show targets that are weighed: masks over the picture, each as strongly as its share; others as a caption"
+    if not isinstance(ys[0], TensorMask): return mix_caption(shares, ys)
+    for w,y in zip(shares, ys): y.show(ctx=ctx, alpha=.7*w)
+    return f'{shares[0]:.2f} own mask + {1-shares[0]:.2f} partner' + 's'*(len(ys)>2)
 
 # %% ../nbs/05_show.ipynb #3ddba4dc
 def outline(
@@ -50,7 +48,7 @@ def outline(
     "Draw a line along the border of `region`"
     if region.any() and not region.all(): ctx.contour(region.float().cpu(), levels=[.5], colors='w', linewidths=1)
 
-# %% ../nbs/05_show.ipynb #c7d0677e
+# %% ../nbs/05_show.ipynb #adc0db15
 @patch
 def show_mix(self:MixHandler,
     dls:DataLoaders, # Where the batch comes from, and how it is decoded
@@ -68,14 +66,14 @@ def show_mix(self:MixHandler,
     weighed = [plan.weighs(y) and not isinstance(y, TensorPoint) for y in yb]
     def decode(ys): return dls.train.decode_batch((*map(plan.mix, xb), *ys), max_n=max_n, full=False)
     items  = decode([y if w else plan.mix(y) for y,w in zip(yb, weighed)])
-    items1 = decode([y[plan.idx] for y in yb])
+    others = [decode([y[j] for y in yb]) for j in plan.pairs.unbind(1)[1:]]
     if not hasattr(items[0][0], 'show'): raise TypeError(f'show_mix shows pictures, but the input is a {type(items[0][0]).__name__}')
     regions = plan.region.expand(len(xb[0]), *plan.size) if isinstance(plan, RegionPlan) else [None]*len(items)
     axs = get_grid(len(items), nrows, ncols, figsize)
-    for item,item1,lam,region,ctx in zip(items, items1, plan.lam.expand(len(plan.idx)).tolist(), regions, axs):
+    for item,*rest,shares,region,ctx in zip(items, *others, plan.shares.expand(plan.pairs.shape).tolist(), regions, axs):
         for o in item[:dls.n_inp]: ctx = o.show(ctx=ctx)
-        pairs = zip(item[dls.n_inp:], item1[dls.n_inp:], weighed)
-        captions = [show_mixed_target(y, y1, lam, ctx) if w else y.show(ctx=ctx) and None for y,y1,w in pairs]
+        targets = zip(*(o[dls.n_inp:] for o in (item,*rest)))
+        captions = [show_mixed_target(shares, ys, ctx) if w else ys[0].show(ctx=ctx) and None for ys,w in zip(targets, weighed)]
         if region is not None: outline(region, ctx)
         if any(captions): ctx.set_title('\n'.join(fill(o, 26) for o in captions if o))
 
@@ -95,7 +93,7 @@ def show_mix(self:Learner,
         'or show a mixer without a learner, as in MixUp(.4).show_mix(dls)')
     mixers[0].show_mix(self.dls, b, max_n, nrows, ncols, figsize)
 
-# %% ../nbs/05_show.ipynb #197bb016
+# %% ../nbs/05_show.ipynb #a097b625
 @patch
 def plot_lam(self:MixHandler,
     ax:plt.Axes=None, # Where to draw; new axes by default
@@ -106,11 +104,15 @@ def plot_lam(self:MixHandler,
     lam = torch.linspace(.005, .995, 199)
     for mix in getattr(self.mix, 'mixes', [self.mix]):
         if not getattr(mix, 'alpha', 0): continue
+        if getattr(mix, 'k', 2)>2:
+            drawn = draw_shares(100_000, mix.alpha, mix.k, np.random.default_rng(42), mix.fold)[:,0]
+            ax.hist(drawn, bins=100, range=(0,1), density=True, alpha=.3, label=f'α = {mix.alpha:g}, k = {mix.k}')
+            continue
         density = Beta(mix.alpha, mix.alpha).log_prob(lam).exp()
         used = density * (2*(lam>=.5) if mix.fold else 1)
         line, = ax.plot(lam, used, label=f'α = {mix.alpha:g}')
         ax.fill_between(lam, used, alpha=.15, color=line.get_color())
         if mix.fold: ax.plot(lam, density, '--', color=line.get_color())
     ax.set(xlabel='λ, the share of the sample itself', ylabel='density', xlim=(0,1), ylim=(0,min(ax.get_ylim()[1], 6)))
-    if ax.lines: ax.legend()
+    if ax.lines or ax.patches: ax.legend()
     return ax

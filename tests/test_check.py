@@ -8,6 +8,7 @@ from fastmix.mixes import Blend, Cut
 
 mixers = [MixUp(1.), MixUp(1., fold=False), MixUp(.4, per_batch=True), MixUp(0), CutMix(), CutMix(fold=True), CutMix(per_batch=True)]
 mixers += [OneOf(MixUp(.4), CutMix()), CutMix(min_side=.2, max_side=.6), ResizeMix(), ResizeMix(per_batch=True), FMix(), FMix(.5, per_batch=True)]
+mixers += [MixUp(1., k=3), MixUp(1., k=4, fold=False), MixUp(.4, per_batch=True, k=3)]
 mixers += [FMix(decay=1., fold=True), GridMix(), GridMix(cells=7, per_batch=True), OneOf(ResizeMix(), FMix(), GridMix())]
 
 @pytest.mark.parametrize('size', [(16,16), (1,9), (20,), (4,5,6)], ids=str)

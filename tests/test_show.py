@@ -29,7 +29,7 @@ def test_captions_name_the_plan(mixer, dls, monkeypatch):
     assert len(axs)==5
     for i,ax in enumerate(axs):
         lam = plan.lam.expand(16)[i].item()
-        assert ax.get_title()==mix_caption(lam, dls.vocab[b[1][i]], dls.vocab[b[1][plan.idx[i]]])
+        assert ax.get_title()==mix_caption([lam,1-lam], [dls.vocab[b[1][i]],dls.vocab[b[1][plan.idx[i]]]])
         want = 255*torch.Tensor(plan.mix(b[0])[i]).permute(1, 2, 0)
         torch.testing.assert_close(torch.as_tensor(ax.images[0].get_array()).float(), want, rtol=0, atol=1.)
 
