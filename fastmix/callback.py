@@ -21,15 +21,19 @@ from .loss import *
 # %% auto #0
 __all__ = ['MixHandler', 'check_batch', 'MixUp', 'CutMix', 'ResizeMix', 'FMix', 'GridMix', 'OneOf']
 
-# %% ../nbs/03_callback.ipynb #a1e77872
+# %% ../nbs/03_callback.ipynb #dbcb495d
 class MixHandler(Callback):
     "Mix training batches, and their loss, by `mix`; validation, prediction and export see the learner's own loss"
     run_valid,_stateattrs = False,('plan','mix_loss')
     plan,mix_loss,for_this_fit = None,None,False
     def __init__(self,
         mix:Mix, # How to mix
+        partners=None, # Who meets whom: a function such as `derange`, or a `SecondLoader`; the batch, shuffled, by default
         y_int:bool=None, # Mix the losses (True) or the targets (False)? Else as the loss and the target's type say
-    ): self.mix,self.y_int,self.told = mix,y_int,False
+    ):
+        if not (partners is None or callable(partners) or hasattr(partners, 'beside')): raise TypeError(
+            f'partners must be a function such as derange, or a SecondLoader(dl), but it is a {type(partners).__name__}')
+        self.mix,self.partners,self.y_int,self.told = mix,partners,y_int,False
 
     def __setattr__(self, name, value):
         if name=='learn': self.move(value)
@@ -44,6 +48,7 @@ class MixHandler(Callback):
             f'{" and ".join(map(repr, mixers))} would mix what the other has mixed: combine them, '
             'as in cbs=OneOf(MixUp(.4), CutMix(1.)), or remove one with learn.remove_cb')
         self.mix.reseed()
+        if hasattr(self.partners, 'begin'): self.partners.begin(self.learn.dls.train, self.mix.rng)
 
     def before_train(self):
         "Put a `MixLoss` around the learner's loss"
@@ -53,10 +58,9 @@ class MixHandler(Callback):
     def before_batch(self):
         "Draw a `Plan`, mix `xb` by it, and arm the loss with it"
         self.before_train()   # another callback may have changed the loss since
-        check_batch(self.learn.xb, self.learn.yb)
-        self.plan = self.draw(self.learn.xb, self.learn.yb)
-        xb = tuple(map(self.plan.mix, self.learn.xb))
-        self.learn.xb,self.learn.yb = xb,self.mix_loss.arm(self.plan, self.learn.yb)
+        self.plan,target_plan,xb,yb = self.draw(self.learn.xb, self.learn.yb)
+        xb = tuple(map(self.plan.mix, xb))
+        self.learn.xb,self.learn.yb = xb,self.mix_loss.arm(target_plan, yb)
 
     def after_pred(self):
         "Check that the targets are still those that the batch was mixed with"
@@ -103,20 +107,35 @@ def move(self:MixHandler,
             self.learn.remove_cb(self)
     self.for_this_fit = learn is not None and _adding_for_a_fit()
 
-# %% ../nbs/03_callback.ipynb #fd84847e
+# %% ../nbs/03_callback.ipynb #9ad40202
 @patch
-def draw(self:MixHandler,
-    xb:tuple, # Inputs, each (bs, ...)
+def whole_batch(self:MixHandler,
     yb:tuple, # Targets, each (bs, ...)
-) -> Plan: # With one λ for the batch where the loss can not be taken apart
-    "Draw the plan for a batch"
+) -> bool:
+    "Can the learner's loss not be taken apart, so that the batch must have one λ?"
     loss_func = self.learn and self.learn.loss_func
     if isinstance(loss_func, MixLoss): loss_func = loss_func.loss_func
     whole = loss_func and not separable(loss_func) and any(mixes_loss(loss_func, y, self.y_int) for y in yb)
     if whole and not self.told:
         warn(f'{self!r} draws one λ for each batch instead of one per sample, since {loss_func} has no `reduction` to leave out')
         self.told = True
-    return self.mix.draw(max(xb, key=lambda x: x.ndim), per_batch=whole)
+    return bool(whole)
+
+# %% ../nbs/03_callback.ipynb #e538f807
+@patch
+def draw(self:MixHandler,
+    xb:tuple, # Inputs, each (bs, ...)
+    yb:tuple, # Targets, each (bs, ...)
+) -> tuple: # Plan for the inputs, plan for the targets; inputs and targets, each (n, ...), with any that are there as partners only
+    "Draw the plan for a batch"
+    check_batch(xb, yb)
+    bs,partners = len(xb[0]),partial(self.partners, xb, yb) if callable(self.partners) else None
+    if hasattr(self.partners, 'beside'): xb,yb = self.partners.beside(xb, yb)
+    plan = self.mix.draw(max(xb, key=lambda x: x.ndim), self.whole_batch(yb), partners, bs)
+    if all(len(y)==len(xb[0]) for y in yb): return plan,plan,xb,yb
+    if not self.mix.fold: raise ValueError(
+        'Partners without targets leave each sample its own, which must then have the larger share: mix with fold=True')
+    return plan,plan.own_targets(yb),xb,yb
 
 # %% ../nbs/03_callback.ipynb #17a75de7
 def check_batch(
@@ -133,70 +152,76 @@ def check_batch(
             f'An input or target of shape {tuple(o.shape)} has not one row for each of the {len(xb[0])} samples, '
             'so it can not be mixed with its partner')
 
-# %% ../nbs/03_callback.ipynb #6efaf3d7
+# %% ../nbs/03_callback.ipynb #8fdea085
 class MixUp(MixHandler):
     "Blend each training sample with another of its batch: [mixup](https://arxiv.org/abs/1710.09412)"
+    @delegates(MixHandler)
     def __init__(self,
         alpha:float=.4, # λ comes from Beta(`alpha`,`alpha`); .1 to .4 usually does well, large values underfit, 0 is off
         per_batch:bool=False, # One λ for the whole batch, as in the paper's own code, instead of one per sample?
         fold:bool=True, # Replace λ by max(λ, 1-λ)? The paper's own code does not
         k:int=2, # Samples in each mixture; of more than two the shares come from a Dirichlet distribution
-        y_int:bool=None, # Mix the losses (True) or the targets (False)? Else as the loss and the target's type say
-    ): super().__init__(Blend(alpha, per_batch, fold, k), y_int)
+        **kwargs # For `MixHandler`
+    ): super().__init__(Blend(alpha, per_batch, fold, k), **kwargs)
 
-# %% ../nbs/03_callback.ipynb #0d0ccb98
+# %% ../nbs/03_callback.ipynb #4bb6f34f
 class CutMix(MixHandler):
     "Paste a box of another sample of its batch into each training sample: [CutMix](https://arxiv.org/abs/1905.04899)"
+    @delegates(MixHandler)
     def __init__(self,
         alpha:float=1., # The box covers the share 1-λ, before clipping, with λ from Beta(`alpha`,`alpha`); 0 is off
         per_batch:bool=False, # One box for the whole batch, as in the paper, instead of one per sample?
         fold:bool=False, # Replace λ by max(λ, 1-λ), so that the box covers half of the picture at most?
         min_side:float=0., # Least side of the box, before clipping, as a share of the picture's
         max_side:float=1., # Largest side of the box, as a share of the picture's
-        y_int:bool=None, # Mix the losses (True) or the targets (False)? Else as the loss and the target's type say
-    ): super().__init__(Cut(alpha, per_batch, fold, min_side, max_side), y_int)
+        **kwargs # For `MixHandler`
+    ): super().__init__(Cut(alpha, per_batch, fold, min_side, max_side), **kwargs)
 
-# %% ../nbs/03_callback.ipynb #af9513d4
+# %% ../nbs/03_callback.ipynb #dfda81c8
 class ResizeMix(MixHandler):
     "Shrink another sample of its batch into a box of each training sample: [ResizeMix](https://arxiv.org/abs/2012.11101)"
+    @delegates(MixHandler)
     def __init__(self,
         min_side:float=.1, # Least side of the box, as a share of the picture's
         max_side:float=.8, # Largest side of the box, as a share of the picture's
         per_batch:bool=False, # One box for the whole batch instead of one per sample?
-        y_int:bool=None, # Mix the losses (True) or the targets (False)? Else as the loss and the target's type say
-    ): super().__init__(ResizeCut(min_side, max_side, per_batch), y_int)
+        **kwargs # For `MixHandler`
+    ): super().__init__(ResizeCut(min_side, max_side, per_batch), **kwargs)
 
 class FMix(MixHandler):
     "Paste regions of any shape of another sample of its batch into each training sample: [FMix](https://arxiv.org/abs/2002.12047)"
+    @delegates(MixHandler)
     def __init__(self,
         alpha:float=1., # The regions cover the share 1-λ, with λ from Beta(`alpha`,`alpha`); 0 is off
         decay:float=3., # δ: how fast the noise falls with the frequency; the larger, the smoother the regions
         per_batch:bool=False, # One mask for the whole batch, as in the paper's own code, instead of one per sample?
         fold:bool=False, # Replace λ by max(λ, 1-λ)?
-        y_int:bool=None, # Mix the losses (True) or the targets (False)? Else as the loss and the target's type say
-    ): super().__init__(FourierCut(alpha, decay, per_batch, fold), y_int)
+        **kwargs # For `MixHandler`
+    ): super().__init__(FourierCut(alpha, decay, per_batch, fold), **kwargs)
 
 class GridMix(MixHandler):
     "Paste cells of a grid of another sample of its batch into each training sample: [GridMix](https://doi.org/10.1016/j.patcog.2020.107594)"
+    @delegates(MixHandler)
     def __init__(self,
         alpha:float=1., # The cells cover the share 1-λ, with λ from Beta(`alpha`,`alpha`); 0 is off
         cells:int=4, # Cells along each side
         per_batch:bool=False, # The same cells for the whole batch instead of others for each sample?
         fold:bool=False, # Replace λ by max(λ, 1-λ)?
-        y_int:bool=None, # Mix the losses (True) or the targets (False)? Else as the loss and the target's type say
-    ): super().__init__(GridCut(alpha, cells, per_batch, fold), y_int)
+        **kwargs # For `MixHandler`
+    ): super().__init__(GridCut(alpha, cells, per_batch, fold), **kwargs)
 
-# %% ../nbs/03_callback.ipynb #e089bff4
+# %% ../nbs/03_callback.ipynb #e8e12ba4
 class OneOf(MixHandler):
     "Mix each training batch by one of `mixers`, chosen at random"
+    @delegates(MixHandler)
     def __init__(self,
         *mixers:MixHandler, # Such as `MixUp(.4)` and `CutMix(1.)`
         p:list=None, # Probability of each; all the same by default
-        y_int:bool=None, # Mix the losses (True) or the targets (False)? Else as the loss and the target's type say
+        **kwargs # For `MixHandler`
     ):
-        if not mixers or not all(isinstance(m, MixHandler) and m.y_int is None for m in mixers): raise ValueError(
-            f'OneOf takes mixers, as in OneOf(MixUp(.4), CutMix(1.)), and y_int itself instead of them, but got {mixers}')
-        super().__init__(Choice([m.mix for m in mixers], p), y_int)
+        if not mixers or not all(isinstance(m, MixHandler) and m.y_int is m.partners is None for m in mixers): raise ValueError(
+            f'OneOf takes mixers, as in OneOf(MixUp(.4), CutMix(1.)), and itself their partners and y_int, but got {mixers}')
+        super().__init__(Choice([m.mix for m in mixers], p), **kwargs)
 
 # %% ../nbs/03_callback.ipynb #21f46c95
 _learner_state = Learner.__getstate__

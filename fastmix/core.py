@@ -15,10 +15,10 @@ import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['private_rng', 'check_alpha', 'draw_lam', 'draw_partners', 'unsqueeze_as', 'blend', 'plain', 'recycled',
-           'blend_partners', 'draw_boxes', 'box_mask', 'paste_mask', 'paste_boxes', 'draw_grid_masks',
-           'draw_fourier_masks', 'draw_inner_boxes', 'shrink_into', 'Plan', 'BlendPlan', 'draw_shares', 'BlendManyPlan',
-           'RegionPlan', 'CutPlan', 'ResizePlan', 'MaskPlan']
+__all__ = ['private_rng', 'check_alpha', 'draw_lam', 'draw_partners', 'derange', 'same_class', 'other_class', 'balanced',
+           'near_target', 'unsqueeze_as', 'blend', 'plain', 'recycled', 'blend_partners', 'draw_boxes', 'box_mask',
+           'paste_mask', 'paste_boxes', 'draw_grid_masks', 'draw_fourier_masks', 'draw_inner_boxes', 'shrink_into',
+           'Plan', 'BlendPlan', 'draw_shares', 'BlendManyPlan', 'RegionPlan', 'CutPlan', 'ResizePlan', 'MaskPlan']
 
 # %% ../nbs/00_core.ipynb #1570cbb1
 def _rank():
@@ -50,13 +50,83 @@ def draw_lam(
     lam = rng.beta(alpha, alpha, n)
     return torch.from_numpy(np.maximum(lam, 1-lam) if fold else lam).float()
 
-# %% ../nbs/00_core.ipynb #c0cf44bf
+# %% ../nbs/00_core.ipynb #ee9abeb1
 def draw_partners(
     bs:int, # Batch size
     rng:np.random.Generator, # Where the numbers come from
+    more:int=0, # Samples that follow the batch, to be partners only; where there are any, they are the partners
 ) -> Tensor: # (bs,), int64: the position of each sample's partner
-    "Draw a permutation of the batch: each sample is somebody's partner once"
-    return torch.from_numpy(rng.permutation(bs))
+    "Draw a permutation of the batch, or of what follows it: each sample is somebody's partner before one is so again"
+    if not more: return torch.from_numpy(rng.permutation(bs))
+    return torch.from_numpy(bs + np.concatenate([rng.permutation(more) for _ in range(-(-bs//more))])[:bs])
+
+# %% ../nbs/00_core.ipynb #cddd63ed
+def derange(
+    xb:tuple, # Inputs, each (bs, ...)
+    yb:tuple, # Targets, each (bs, ...)
+    rng:np.random.Generator, # Where the numbers come from
+) -> Tensor: # (bs,), int64: the position of each sample's partner
+    "Partners of which no sample is its own: all of the batch in one circle, each beside the next"
+    circle = rng.permutation(len(xb[0]))
+    idx = np.empty_like(circle)
+    idx[circle] = np.roll(circle, 1)
+    return torch.from_numpy(idx)
+
+# %% ../nbs/00_core.ipynb #a834c592
+def _draw_weighted(weights, rng):
+    "For each row of `weights` a column, drawn as often as they say, or the row's own number where all are zero"
+    until = weights.cumsum(1)
+    idx = (until <= rng.random((len(until),1))*until[:,-1:]).sum(1)
+    return torch.from_numpy(np.where(until[:,-1]>0, idx, np.arange(len(idx))))
+
+def _classes(yb, name):
+    if yb and yb[0].ndim==1 and not yb[0].is_floating_point(): return yb[0].numpy(force=True)
+    raise ValueError(f'{name} needs one class for each sample, but the target is {f"of shape {tuple(yb[0].shape)}, {yb[0].dtype}" if yb else "missing"}')
+
+# %% ../nbs/00_core.ipynb #639ad3f7
+def same_class(
+    xb:tuple, # Inputs, each (bs, ...)
+    yb:tuple, # Targets, the first of them classes (bs,)
+    rng:np.random.Generator, # Where the numbers come from
+) -> Tensor: # (bs,), int64: the position of each sample's partner
+    "Partners of a sample's own class, all others of it equally likely"
+    y = _classes(yb, 'same_class')
+    return _draw_weighted((y[:,None]==y)*(1.-np.eye(len(y))), rng)
+
+def other_class(
+    xb:tuple, # Inputs, each (bs, ...)
+    yb:tuple, # Targets, the first of them classes (bs,)
+    rng:np.random.Generator, # Where the numbers come from
+) -> Tensor: # (bs,), int64: the position of each sample's partner
+    "Partners of another class than a sample's own, all of them equally likely"
+    y = _classes(yb, 'other_class')
+    return _draw_weighted((y[:,None]!=y)*1., rng)
+
+# %% ../nbs/00_core.ipynb #8e34111d
+def balanced(
+    xb:tuple, # Inputs, each (bs, ...)
+    yb:tuple, # Targets, the first of them classes (bs,)
+    rng:np.random.Generator, # Where the numbers come from
+) -> Tensor: # (bs,), int64: the position of each sample's partner
+    "Partners of all the batch's classes equally often ([Balanced-MixUp](https://arxiv.org/abs/2109.09850), within a batch)"
+    _,kind,counts = np.unique(_classes(yb, 'balanced'), return_inverse=True, return_counts=True)
+    return _draw_weighted(np.tile(1/counts[kind], (len(kind),1)), rng)
+
+# %% ../nbs/00_core.ipynb #85b43621
+def near_target(
+    xb:tuple, # Inputs, each (bs, ...)
+    yb:tuple, # Targets, the first of them numbers (bs, ...)
+    rng:np.random.Generator, # Where the numbers come from
+    bandwidth:float=.5, # σ, in standard deviations of the batch's targets; set another with `partial(near_target, bandwidth=.1)`
+) -> Tensor: # (bs,), int64: the position of each sample's partner
+    "Partners other than a sample itself, the likelier the nearer in target ([C-Mixup](https://arxiv.org/abs/2210.05775), eq. 6)"
+    if not (isinstance(bandwidth, numbers.Real) and bandwidth>0): raise ValueError(f'bandwidth must be above 0, but it is {bandwidth!r}')
+    if not yb or not yb[0].is_floating_point(): raise ValueError('near_target needs numbers as targets: for classes take same_class or other_class')
+    y = yb[0].detach().cpu().double().flatten(1) if yb[0].ndim>1 else yb[0].detach().cpu().double()[:,None]
+    d = torch.cdist(y, y).square().fill_diagonal_(math.inf)
+    d = d - d.min(1, keepdim=True).values if len(y)>1 else d   # the nearest keeps a chance however far it is
+    spread = (y-y.mean(0)).square().sum(1).mean() or 1.
+    return _draw_weighted((-d/(2*bandwidth**2*spread)).exp().numpy(), rng)
 
 # %% ../nbs/00_core.ipynb #7a4e4d65
 def unsqueeze_as(
@@ -104,7 +174,7 @@ def recycled(
     weakref.finalize(lent, _spare.append, block).atexit = False   # at exit it may still be held
     return torch.from_numpy(lent).view(x.dtype).view(x.shape)
 
-# %% ../nbs/00_core.ipynb #e049e5bb
+# %% ../nbs/00_core.ipynb #61742a44
 def _rows(x):
     "View (bs, ...) as (bs, n) in the order of its memory; None where samples do not lie one after another"
     if not x.is_contiguous():
@@ -116,7 +186,7 @@ def _rows(x):
 def _blend_small(x, pairs, shares): return x.index_select(0, pairs[:,1]).lerp_(x, shares[:,:1].to(x.dtype))
 
 def _blend_wide(x, pairs, shares):
-    res = recycled(x)
+    res = recycled(x[:len(pairs)])
     for out,(i,j),(lam,_) in zip(res.unbind(), pairs.tolist(), shares.expand(pairs.shape).tolist()): torch.lerp(x[j], x[i], lam, out=out)
     return res
 
@@ -128,7 +198,7 @@ def _blend_narrow(x, pairs, shares):
     if _is_half(x): pairs,w = pairs.repeat(1, 2),torch.cat([w, w-w.to(x.dtype)], 1)
     return F.embedding_bag(pairs, x, per_sample_weights=w.to(x.dtype), mode='sum')
 
-# %% ../nbs/00_core.ipynb #a5b1a07a
+# %% ../nbs/00_core.ipynb #8bddcdce
 def _memory_rows(x, needs_grad):
     "`x` as rows of a processor's memory, if that is what it is, and needs neither a gradient nor a compiler"
     if not x.is_cpu or needs_grad and torch.is_grad_enabled() or torch.compiler.is_compiling(): return None
@@ -136,32 +206,29 @@ def _memory_rows(x, needs_grad):
 
 def _shaped(rows, x):
     "`rows`, in the shape, memory format and class of `x`"
-    res = rows.as_strided(x.shape, x.stride())
+    res = rows.as_strided((len(rows),*x.shape[1:]), x.stride())
     if type(x) is Tensor: return res
     res = res.as_subclass(type(x))
     res.__dict__.update(x.__dict__)
     return res
 
-# %% ../nbs/00_core.ipynb #e79eae86
-def _check_length(x, plan):
-    if len(plan)!=len(x): raise ValueError(f'A plan for {len(plan)} samples can not mix a batch of {len(x)}: draw one for each batch')
-
-def _blend_gathered(x, pairs, shares):
-    if pairs.shape[1]==2: return blend(x, x[pairs[:,1]], shares[:,0])
+# %% ../nbs/00_core.ipynb #c416740f
+def _blend_gathered(x, pairs, shares, whole):
+    if pairs.shape[1]==2: return blend(x if whole else x[pairs[:,0]], x[pairs[:,1]], shares[:,0])
     return _in_floats(x, lambda dtype: sum(unsqueeze_as(w, x).to(dtype)*x[j].to(dtype) for j,w in zip(pairs.unbind(1), shares.unbind(1))))
 
 def blend_partners(
-    x:Tensor, # (bs, ...) The samples
+    x:Tensor, # (n, ...) The samples, and any beside them that are partners only
     pairs:Tensor, # (bs, k), int64: the positions of each sample and of its partners
     shares:Tensor, # (bs, k), or (1, k) for the whole batch: their weights, such as λ and 1-λ
+    whole:bool=True, # Are the first of `pairs` just the positions in `x`, in order?
 ) -> Tensor: # (bs, ...), of `x`'s class, dtype and memory format
     "The weighted mean of each sample and its partners, without gathering the partners first where that can be helped"
-    _check_length(x, pairs)
     fast = x.dtype in (torch.float32,torch.bfloat16,torch.float16)
     rows = _memory_rows(x, x.requires_grad or shares.requires_grad) if fast else None
-    if rows is None: return _blend_gathered(x, pairs, shares)
+    if rows is None: return _blend_gathered(x, pairs, shares, whole)
     if pairs.shape[1]>2: f = _blend_narrow
-    elif x.nbytes<2**18 and not _is_half(x): f = _blend_small
+    elif whole and x.nbytes<2**18 and not _is_half(x): f = _blend_small
     else: f = _blend_wide if x.nbytes>=2**17*len(x) else _blend_narrow
     return _shaped(f(rows, pairs, shares), x)
 
@@ -200,7 +267,7 @@ def paste_mask(
     "`x1` where `mask` says so, and `x` elsewhere"
     return torch.where(mask.view(len(mask), *[1]*(x.ndim-mask.ndim), *mask.shape[1:]), x1, x)
 
-# %% ../nbs/00_core.ipynb #6b723f4d
+# %% ../nbs/00_core.ipynb #e469fc95
 _bits = {1:torch.uint8, 2:torch.int16, 4:torch.int32, 8:torch.int64}
 
 def paste_boxes(
@@ -208,13 +275,14 @@ def paste_boxes(
     idx:Tensor, # (bs,), int64: the position of each sample's partner
     boxes:Tensor, # (bs, 2, d), or (1, 2, d) for the whole batch, as from `draw_boxes`
     size:tuple, # Shape of the picture, d numbers
+    src:Tensor=None, # (n, ..., *size) What `idx` are positions in; `x` by default
 ) -> Tensor: # (bs, ..., *size), new memory, of `x`'s class, dtype and memory format
     "`x`, with a box of each sample's partner pasted into it"
-    _check_length(x, idx)
+    src = x if src is None else src
     rows = _memory_rows(x, x.requires_grad) if x.element_size() in _bits else None
-    if rows is None: return paste_mask(x, x[idx], box_mask(boxes, size))
+    if rows is None: return paste_mask(x, src[idx], box_mask(boxes, size))
     res = recycled(rows).copy_(rows).as_strided(x.shape, x.stride())
-    out,src = (o.view(_bits[x.element_size()]).numpy() for o in (res,plain(x.detach()).resolve_conj().resolve_neg()))
+    out,src = (o.view(_bits[x.element_size()]).numpy() for o in (res,plain(src.detach()).resolve_conj().resolve_neg()))
     for o,j,ends in zip(out, idx.tolist(), boxes.clamp_min(0).expand(len(x), -1, -1).tolist()):
         box = ...,*map(slice, *ends)
         o[box] = src[j][box]
@@ -287,9 +355,14 @@ def shrink_into(
         else: x = torch.lerp(take(low), take(low+1), along((at-low).clamp(0, 1)).to(x.dtype))
     return torch.empty_like(like).copy_(x)   # in the memory format that it came in
 
-# %% ../nbs/00_core.ipynb #80c0d97e
+# %% ../nbs/00_core.ipynb #16f0e4a2
+def _check_length(x, plan):
+    n = plan.n or len(plan.pairs)
+    if n!=len(x): raise ValueError(f'A plan for {n} samples can not mix a batch of {len(x)}: draw one for each batch')
+
 class Plan:
     "How one batch is mixed. This one leaves every sample alone; its subclasses mix"
+    n,whole = None,True   # how many samples there are to mix from, if more than are mixed; are all of them mixed, in order?
     def __init__(self,
         lam:Tensor, # (bs,), or (1,) for the whole batch: each sample's weight in its own mixture
         idx:Tensor, # (bs,), int64: the position of each sample's partner
@@ -325,11 +398,34 @@ class Plan:
             vars(self).update({k:v.to(device, non_blocking=device.type=='cuda') for k,v in vars(self).items() if isinstance(v, Tensor)})
         return self
 
+    def own(self,
+        x:Tensor, # (n, ...)
+    ) -> Tensor: # (bs, ...)
+        "The samples that are mixed, without those that are there as partners only"
+        _check_length(x, self)
+        if not self.whole: return x[self.pairs[:,0]]
+        return x if len(x)==len(self.pairs) else x[:len(self.pairs)]
+
     def mix(self,
-        x:Tensor, # (bs, ...) An input, or a target that can be mixed as an input is
+        x:Tensor, # (n, ...) An input, or a target that can be mixed as an input is
     ) -> Tensor: # (bs, ...)
         "The mixture of each sample of `x` with its partner"
-        return x
+        return self.own(x)
+
+    def targets(self,
+        y:Tensor, # (n, ...) A target that `weighs`
+    ) -> Tensor: # (bs, k, ...)
+        "The targets of each sample and of its partners, in the order of `shares`"
+        _check_length(y, self)
+        return y[self.pairs]
+
+    def own_targets(self,
+        yb:tuple, # Targets, each (bs, ...)
+    ) -> Plan: # For `yb`: each sample's target, mixed with itself
+        "The plan for targets where partners have none. A `ValueError` where a target must be cut"
+        if not all(map(self.weighs, yb)): raise ValueError(
+            'A mask can not be cut along with pictures of partners that have none: blend them (`MixUp`), or take partners with masks')
+        return BlendPlan(self.lam, self.pairs[:,0])
 
     def weighs(self,
         y:Tensor, # (bs, ...) A target
@@ -337,10 +433,13 @@ class Plan:
         "Does the mixture have two targets, `y` and its partner's, with the weights λ and 1-λ?"
         return False
 
-# %% ../nbs/00_core.ipynb #6a1da6bb
+# %% ../nbs/00_core.ipynb #7abcdde1
 class BlendPlan(Plan):
     "A `Plan` that blends each sample with its partner"
-    def mix(self, x): return blend_partners(x, self.pairs, self.shares)
+    def mix(self, x):
+        _check_length(x, self)
+        return blend_partners(x, self.pairs, self.shares, self.whole and len(x)==len(self.pairs))
+
     def weighs(self, y): return True
 
 # %% ../nbs/00_core.ipynb #528ca682
@@ -365,8 +464,8 @@ class BlendManyPlan(BlendPlan):
         own = torch.arange(idx.shape[-2], device=idx.device)[:,None].expand(*idx.shape[:-1], 1)
         self.shares,self.pairs = shares,torch.cat([own, idx], -1)
 
-# %% ../nbs/00_core.ipynb #08a933c1
-class RegionPlan(Plan):
+# %% ../nbs/00_core.ipynb #73865b05
+class RegionPlan(BlendPlan):
     "Base class of the plans that paste a region of each sample's partner into it. `region` is its mask: (bs, *size), or (1, *size)"
     def __init__(self,
         lam:Tensor, # (bs,), or (1,) for the whole batch: the share of the picture that remains
@@ -377,13 +476,12 @@ class RegionPlan(Plan):
         super().__init__(lam, idx)
 
     def paste(self,
-        x:Tensor, # (bs, ..., *size)
+        x:Tensor, # (n, ..., *size)
     ) -> Tensor: # (bs, ..., *size)
-        "What a subclass may override: each partner's region, pasted into `x`"
-        _check_length(x, self.pairs)
-        return paste_mask(x, x[self.idx], self.region)
+        "What a subclass may override: each partner's region, pasted into its sample"
+        return paste_mask(self.own(x), x[self.idx], self.region)
 
-    def mix(self, x): return blend_partners(x, self.pairs, self.shares) if self.weighs(x) else self.paste(x)
+    def mix(self, x): return super().mix(x) if self.weighs(x) else self.paste(x)
 
     def weighs(self, y):
         dense = y.shape[-len(self.size):]==self.size and y.ndim>len(self.size)
@@ -393,7 +491,7 @@ class RegionPlan(Plan):
             f'Can not cut a tensor of shape {tuple(y.shape)} along with pictures of size {self.size}: '
             'give it their size (and a channel dimension, for values along a signal), or blend the batch (`MixUp`) instead of cutting it.')
 
-# %% ../nbs/00_core.ipynb #e01102cc
+# %% ../nbs/00_core.ipynb #10153685
 class CutPlan(RegionPlan):
     "A `Plan` that pastes a box of each sample's partner into it"
     def __init__(self,
@@ -407,13 +505,12 @@ class CutPlan(RegionPlan):
 
     @property
     def region(self): return box_mask(self.boxes, self.size)
-    def paste(self, x): return paste_boxes(x, self.idx, self.boxes, self.size)
+    def paste(self, x): return paste_boxes(self.own(x), self.idx, self.boxes, self.size, x)
 
 class ResizePlan(CutPlan):
     "A `Plan` that shrinks each sample's partner into a box"
     def paste(self, x):
-        _check_length(x, self.pairs)
-        return paste_mask(x, shrink_into(x[self.idx], self.boxes, self.size), self.region)
+        return paste_mask(self.own(x), shrink_into(x[self.idx], self.boxes, self.size), self.region)
 
 class MaskPlan(RegionPlan):
     "A `Plan` that pastes what a mask shows of each sample's partner"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from fastai.vision.all import *
 
 # %% auto #0
-__all__ = ['digit_images', 'folder_images', 'corrupt_labels', 'image_dls']
+__all__ = ['digit_images', 'folder_images', 'corrupt_labels', 'image_dls', 'SecondLoader']
 
 # %% ../nbs/04_data.ipynb #944ae337
 def digit_images() -> tuple: # 1,797 arrays of (8,8,3), uint8, and as many labels, 'zero' to 'nine'
@@ -60,3 +60,60 @@ def image_dls(
     blocks = ImageBlock,CategoryBlock(vocab=sorted(set(labels)))
     block = DataBlock(blocks, get_x=ItemGetter(0), get_y=ItemGetter(1), splitter=IndexSplitter(valid), item_tfms=Resize(size))
     return block.dataloaders(list(zip(images, given)), bs=bs, **kwargs)
+
+# %% ../nbs/04_data.ipynb #51d95e4b
+def _streams(dl):
+    "The state of the random stream that shuffles `dl`, if it has one of its own"
+    if isinstance(getattr(dl, 'rng', None), random.Random): return dl.rng,dl.rng.getstate()
+    g = getattr(dl, 'generator', None)
+    return (g,g.get_state().numpy().tobytes()) if isinstance(g, torch.Generator) else (None,None)
+
+# %% ../nbs/04_data.ipynb #1a6c35a1
+class SecondLoader:
+    "Partners from a loader of their own, which begins again whenever it ends"
+    def __init__(self,
+        dl, # A loader of batches like those that are trained on, with or without targets
+    ): self.dl,self.batches = dl,None
+
+    def __repr__(self): return f'SecondLoader({type(self.dl).__name__})'
+    def __reduce__(self): return SecondLoader,(None,)   # as fastai exports learners: without data
+
+    def begin(self,
+        train, # The loader that is trained on
+        rng:np.random.Generator, # Where a new seed comes from
+    ):
+        "Begin a fit; if this loader would shuffle in lock step with `train`, reseed it"
+        if self.dl is train: raise ValueError('SecondLoader needs another loader than the one that is trained on: give it a copy, dls.train.new()')
+        self.batches = None
+        (a,state),(b,other) = _streams(train),_streams(self.dl)
+        if b is None or a is b or state!=other: return
+        warnings.warn('The second loader would shuffle in lock step with the first, since both were made after the same seed: it is given another')
+        seed = int(rng.integers(2**32))
+        b.seed(seed) if isinstance(b, random.Random) else b.manual_seed(seed)
+
+# %% ../nbs/04_data.ipynb #258e45e1
+@patch
+def next(self:SecondLoader) -> tuple:
+    "The next batch"
+    if self.dl is None: raise ValueError('This SecondLoader was loaded without its data: give the mixer a new one before you train')
+    for _ in range(2):
+        if self.batches is None: self.batches = iter(self.dl)
+        for b in self.batches: return tuple(b) if is_listy(b) else (b,)
+        self.batches = None
+    raise ValueError('The second loader gives no batch: it has no items, or fewer than its batch size and drop_last=True')
+
+@patch
+def beside(self:SecondLoader,
+    xb:tuple, # Inputs, each (bs, ...)
+    yb:tuple, # Targets, each (bs, ...)
+) -> tuple: # Inputs and targets, each (n, ...); targets as they are if this loader has none
+    "A batch, followed by the next one of this loader"
+    b = to_device(self.next(), xb[0].device)
+    xs,ys = b[:len(xb)],b[len(xb):]
+    if len(xs)<len(xb) or ys and len(ys)!=len(yb): raise ValueError(
+        f'The second loader gives {len(b)} tensors a batch, but the first one {len(xb)} inputs and {len(yb)} targets')
+    for first,second in zip((*xb,*yb), b):
+        if isinstance(second, Tensor) and len(second) and (second.shape[1:],second.dtype)==(first.shape[1:],first.dtype): continue
+        raise ValueError(f'The second loader must give what the first one gives: tensors of shape (n, {", ".join(map(str, first.shape[1:]))}), {first.dtype}, '
+            f'but it gives {f"shape {tuple(second.shape)}, {second.dtype}" if isinstance(second, Tensor) else type(second).__name__}')
+    return tuple(map(torch.cat, zip(xb, xs))),tuple(map(torch.cat, zip(yb, ys))) if ys else yb

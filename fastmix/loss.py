@@ -141,7 +141,7 @@ def _fit_classes(y, shape, axis, flattens):
     def fit(o): return o.transpose(axis, -1).reshape(flat[:-1])[...,None].transpose(axis, -1)
     return torch.cat([fit(o) for o in y.unbind(1)], axis)
 
-# %% ../nbs/02_loss.ipynb #7f243449
+# %% ../nbs/02_loss.ipynb #862a220f
 def _smooth(logp, axis, weight):
     "The mean over all classes, each with its `weight`"
     if weight is not None: logp = logp*unsqueeze_as(weight, logp.transpose(axis, 0)).transpose(axis, 0)
@@ -159,7 +159,7 @@ def lerp_class_loss(
     f,weight,ignore_index,eps,reduction,flat_axis = args.values()
     pred,flattens,axis = plain(pred),flat_axis is not None,(flat_axis or 1) % pred.ndim
     logp = pred if isinstance(f, nn.NLLLoss) or f is F.nll_loss else F.log_softmax(pred, axis)
-    y = _fit_classes(plain(y).long()[plan.pairs], pred.shape, axis, flattens)
+    y = _fit_classes(plan.targets(plain(y).long()), pred.shape, axis, flattens)
     keep = y != ignore_index
     y,share = y*keep,_to_axis(per_sample(plan.shares, y), axis)*keep
     w = share if weight is None else share*weight[y]
@@ -217,7 +217,7 @@ def check_loss(
         f'{loss_func} gives {want.mean().item():.6g} where its unreduced values, reduced by its `reduction`, give {got.mean().item():.6g}, '
         'so it can not be mixed sample by sample: mix with one λ for the batch, `per_batch=True`')
 
-# %% ../nbs/02_loss.ipynb #94a56fdc
+# %% ../nbs/02_loss.ipynb #c3a8b91b
 def lerp_loss(
     loss_func, # Loss, as a fastai `Learner` takes it
     plan:Plan, # How the batch was mixed
@@ -228,15 +228,15 @@ def lerp_loss(
     "The losses on a sample's targets, each by its share: sample by sample, or as they are where shares are for the batch and `loss_func` is not known"
     res = lerp_class_loss(loss_func, plan, pred, *yb) if len(yb)==1 else None
     if res is not None: return res
-    def theirs(j): return tuple(y[j] if m else y for y,m in zip(yb, mixed or [True]*len(yb)))
-    ybs = [yb, *map(theirs, plan.pairs.unbind(1)[1:])]
+    k,mixed = plan.pairs.shape[1],mixed or [True]*len(yb)
+    ybs = list(zip(*(plan.targets(y).unbind(1) if m else [y]*k for y,m in zip(yb, mixed))))
     check_loss(loss_func, plan, pred, ybs)
     return _lerp_other(loss_func, plan, pred, ybs)
 
-# %% ../nbs/02_loss.ipynb #a1e00c87
+# %% ../nbs/02_loss.ipynb #7378dbe4
 class MixLoss:
     "`loss_func`, mixed for the targets that it is armed with; for all others, and in all else, `loss_func` itself"
-    _own = {'loss_func','force_y_int','plan','mixed','targets','used'}
+    _own = {'loss_func','force_y_int','plan','mixed','pool','targets','used'}
     def __init__(self,
         loss_func, # Loss, as a fastai `Learner` takes it
         y_int:bool=None, # Mix the losses (True) or the targets (False)? Else as `loss_func` and the target's type say
@@ -246,7 +246,7 @@ class MixLoss:
 
     def disarm(self):
         "Expect nothing"
-        self.plan,self.mixed,self.targets,self.used = None,[],(),False
+        self.plan,self.mixed,self.pool,self.targets,self.used = None,[],(),(),False
 
     def __getattr__(self, name):
         if name in MixLoss._own: raise AttributeError(name)
@@ -257,19 +257,20 @@ class MixLoss:
     def __repr__(self): return f'MixLoss({self.loss_func})'
     def __reduce__(self): return noop,(self.loss_func,)
 
-# %% ../nbs/02_loss.ipynb #643d5192
+# %% ../nbs/02_loss.ipynb #81c01cb9
 def _same(a, b): return a is b or isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape==b.shape and a.data_ptr()==b.data_ptr()
 
 @patch
 def arm(self:MixLoss,
     plan:Plan, # How the batch is mixed
-    yb:tuple, # Targets, each (bs, ...)
+    yb:tuple, # Targets, each (n, ...): those of the batch, and any that are there as partners only
 ) -> tuple: # Targets to call the loss with: those whose losses are not mixed are blended or cut
     "Expect the targets `yb` of a batch that is mixed by `plan`"
     self.plan,self.used = plan,False
     self.mixed = [plan.weighs(y) and mixes_loss(self.loss_func, y, self.force_y_int) for y in yb]
     def mix(y): return plan.mix(y.float() if plan.weighs(y) and not y.is_floating_point() else y)
-    self.targets = tuple(y if m else mix(y) for y,m in zip(yb, self.mixed))
+    self.pool = tuple(y if m else mix(y) for y,m in zip(yb, self.mixed))
+    self.targets = tuple(plan.own(y) if m else y for y,m in zip(self.pool, self.mixed))
     return self.targets
 
 # %% ../nbs/02_loss.ipynb #44c3fbde
@@ -287,7 +288,7 @@ def armed_for(self:MixLoss, yb) -> bool:
     "Are the losses to be mixed for `yb`, the same memory that the loss was armed with?"
     return any(self.mixed) and len(yb)==len(self.targets) and all(map(_same, yb, self.targets))
 
-# %% ../nbs/02_loss.ipynb #671e1902
+# %% ../nbs/02_loss.ipynb #5f705f67
 @patch
 def __call__(self:MixLoss,
     pred, # Predictions for the mixed inputs
@@ -301,5 +302,5 @@ def __call__(self:MixLoss,
         finally: self.disarm()
     loss_func = partial(self.loss_func, **kwargs) if kwargs else self.loss_func
     if not self.armed_for(yb): return loss_func(pred, *yb)
-    res,self.used = lerp_loss(loss_func, self.plan, pred, yb, self.mixed),True
+    res,self.used = lerp_loss(loss_func, self.plan, pred, self.pool, self.mixed),True
     return res

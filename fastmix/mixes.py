@@ -15,7 +15,8 @@ from torch import Tensor
 from .core import *
 
 # %% auto #0
-__all__ = ['Mix', 'BetaMix', 'Blend', 'picture_size', 'check_sides', 'Cut', 'ResizeCut', 'FourierCut', 'GridCut', 'Choice']
+__all__ = ['check_partners', 'Mix', 'BetaMix', 'Blend', 'picture_size', 'check_sides', 'Cut', 'ResizeCut', 'FourierCut',
+           'GridCut', 'Choice']
 
 # %% ../nbs/01_mixes.ipynb #18bffe8b
 class _Ahead:
@@ -31,10 +32,23 @@ class _Ahead:
 
 _fixed = {bool,int,float,str,type(None),np.random.Generator,_Ahead}
 
-# %% ../nbs/01_mixes.ipynb #1e69fc4d
+# %% ../nbs/01_mixes.ipynb #b8d06645
+def check_partners(
+    idx:Tensor, # What a function of partners has answered
+    bs:int, # Samples to give partners to
+    n:int, # Samples to be partners
+) -> Tensor: # (bs,), int64
+    "`idx` if it holds a position for each sample, else a `ValueError`"
+    idx = torch.as_tensor(idx).detach().cpu()
+    whole = not (idx.is_floating_point() or idx.is_complex() or idx.dtype==torch.bool)
+    if whole and idx.shape==(bs,) and (not bs or 0<=idx.min()<=idx.max()<n): return idx.long()
+    raise ValueError(f'partners must give each of the {bs} samples a position, a whole number from 0 to {n-1}, but gave {idx.dtype}, '
+        f'shape {tuple(idx.shape)}' + (f', from {idx.min()} to {idx.max()}' if idx.numel() else ''))
+
+# %% ../nbs/01_mixes.ipynb #0e4674de
 class Mix:
     "Base class of the mixes: a random stream, and `draw`, which answers with a `Plan` for each batch. This one leaves batches alone"
-    n_ahead = 4096   # Samples to draw for at once, at most
+    n_ahead,k,fold = 4096,2,True   # Samples to draw for at once, at most; samples in each mixture; is a sample's own share the largest?
     def __init__(self,
         per_batch:bool=False, # One λ for the whole batch, as in the paper's own code, instead of one per sample?
     ):
@@ -50,24 +64,32 @@ class Mix:
         self.rng,self.ahead = rng,_Ahead()
 
     def draw(self,
-        x:Tensor, # (bs, ...) The input to mix; of several the one of highest rank
+        x:Tensor, # (n, ...) The input to mix; of several the one of highest rank
         per_batch:bool=False, # One λ for this batch, whatever `self.per_batch` says?
+        partners:callable=None, # Function of a random stream: (bs,), the positions of the partners; a shuffle by default
+        bs:int=None, # How many of `x` to mix, the first ones; all by default. The rest are partners only
     ) -> Plan: # On `x`'s device
         "Draw the plan for one batch"
-        bs,n = len(x),1 if per_batch or self.per_batch else len(x)
-        def plans(k): return self.plan(x, (k,n), torch.stack([draw_partners(bs, self.rng) for _ in range(k)])).to(x.device)
-        kind = x.shape,n,x.device,torch.is_inference_mode_enabled()
+        bs = len(x) if bs is None else bs
+        n = 1 if per_batch or self.per_batch else bs
+        def idx(): return check_partners(partners(self.rng), bs, len(x)) if partners else draw_partners(bs, self.rng, len(x)-bs)
+        def plans(m):
+            plan = self.plan(x, (m,n), torch.stack([idx() for _ in range(m*(self.k-1))]).view(m, self.k-1, bs)).to(x.device)
+            plan.n = len(x)
+            return plan
+        if partners: return plans(1).unbind()[0]
+        kind = x.shape,bs,n,x.device,torch.is_inference_mode_enabled()
         return self.ahead.next(kind, vars(self).values(), max(self.n_ahead//max(bs, 1), 1), plans)
 
     def plan(self,
-        x:Tensor, # (bs, ...) The input to mix
+        x:Tensor, # (n, ...) The input to mix
         n:tuple, # The shape to draw λ in: (batches, bs), or (batches, 1)
-        idx:Tensor, # (batches, bs), int64: the positions of the partners
+        idx:Tensor, # (batches, k-1, bs), int64: the positions of the partners
     ) -> Plan: # For several batches like `x`
         "What a subclass overrides: draw λ, and whatever else it takes; one whose plans depend on the values in `x` overrides `draw`"
-        return Plan(torch.ones(len(idx), 1), idx)
+        return Plan(torch.ones(len(idx), 1), idx[:,0])
 
-# %% ../nbs/01_mixes.ipynb #e1fb3cf9
+# %% ../nbs/01_mixes.ipynb #e68a291a
 class BetaMix(Mix):
     "Base class of the mixes that draw λ from Beta(`alpha`,`alpha`)"
     def __init__(self,
@@ -80,7 +102,7 @@ class BetaMix(Mix):
 
     def plan(self, x, n, idx):
         if not self.alpha: return super().plan(x, n, idx)
-        return self.mixture(draw_lam(n, self.alpha, self.rng, self.fold), idx, x)
+        return self.mixture(draw_lam(n, self.alpha, self.rng, self.fold), idx[:,0], x)
 
     def mixture(self,
         lam:Tensor, # (batches, bs), or (batches, 1)
@@ -89,7 +111,7 @@ class BetaMix(Mix):
     ) -> Plan: # For several batches like `x`
         "What a subclass overrides: make a plan of λ"
 
-# %% ../nbs/01_mixes.ipynb #b4b09338
+# %% ../nbs/01_mixes.ipynb #37576bf6
 class Blend(BetaMix):
     "Blend each sample with its partner: [mixup](https://arxiv.org/abs/1710.09412), eq. 1"
     def __init__(self,
@@ -104,8 +126,7 @@ class Blend(BetaMix):
 
     def plan(self, x, n, idx):
         if self.k==2 or not self.alpha: return super().plan(x, n, idx)
-        more = [torch.stack([draw_partners(len(x), self.rng) for _ in idx]) for _ in range(self.k-2)]
-        return BlendManyPlan(draw_shares(n, self.alpha, self.k, self.rng, self.fold), torch.stack([idx, *more], -1))
+        return BlendManyPlan(draw_shares(n, self.alpha, self.k, self.rng, self.fold), idx.mT)
 
     def mixture(self, lam, idx, x): return BlendPlan(lam, idx)
 
@@ -142,9 +163,10 @@ class Cut(BetaMix):
         lam = lam.clamp(1-self.max_side**len(size), 1-self.min_side**len(size))
         return CutPlan(draw_boxes(lam, size, self.rng), idx, size)
 
-# %% ../nbs/01_mixes.ipynb #ea36fea5
+# %% ../nbs/01_mixes.ipynb #2b7f5345
 class ResizeCut(Mix):
     "Shrink its partner into a box of each sample: [ResizeMix](https://arxiv.org/abs/2012.11101)"
+    fold = False
     def __init__(self,
         min_side:float=.1, # Least side of the box, as a share of the picture's
         max_side:float=.8, # Largest side of the box, as a share of the picture's
@@ -156,7 +178,7 @@ class ResizeCut(Mix):
     def plan(self, x, n, idx):
         size = picture_size(x)
         sides = torch.from_numpy(self.rng.uniform(self.min_side, self.max_side, n))
-        return ResizePlan(draw_inner_boxes(sides, size, self.rng), idx, size)
+        return ResizePlan(draw_inner_boxes(sides, size, self.rng), idx[:,0], size)
 
 # %% ../nbs/01_mixes.ipynb #1e26d922
 class FourierCut(BetaMix):
@@ -194,7 +216,7 @@ class GridCut(BetaMix):
         size = picture_size(x)
         return MaskPlan(draw_grid_masks(lam, size, self.rng, self.cells), idx, size)
 
-# %% ../nbs/01_mixes.ipynb #a7f2cbef
+# %% ../nbs/01_mixes.ipynb #26a5dcb2
 class Choice(Mix):
     "Mix each batch by one of `mixes`, chosen at random"
     def __init__(self,
@@ -208,8 +230,12 @@ class Choice(Mix):
         self.mixes,self.p = mixes,[o/sum(p) for o in p]
         super().__init__()
 
+    @property
+    def fold(self): return all(m.fold for m in self.mixes)
+
     def use(self, rng):
         super().use(rng)
         for m in self.mixes: m.use(rng)
 
-    def draw(self, x, per_batch=False): return self.mixes[self.rng.choice(len(self.mixes), p=self.p)].draw(x, per_batch)
+    def draw(self, x, per_batch=False, partners=None, bs=None):
+        return self.mixes[self.rng.choice(len(self.mixes), p=self.p)].draw(x, per_batch, partners, bs)

@@ -48,7 +48,7 @@ def outline(
     "Draw a line along the border of `region`"
     if region.any() and not region.all(): ctx.contour(region.float().cpu(), levels=[.5], colors='w', linewidths=1)
 
-# %% ../nbs/05_show.ipynb #adc0db15
+# %% ../nbs/05_show.ipynb #f7aa81ba
 @patch
 def show_mix(self:MixHandler,
     dls:DataLoaders, # Where the batch comes from, and how it is decoded
@@ -61,14 +61,13 @@ def show_mix(self:MixHandler,
     "Show a training batch as the network is fed it, each picture captioned with its targets and their shares"
     b = ifnone(b, dls.one_batch())
     xb,yb = b[:dls.n_inp],b[dls.n_inp:]
-    check_batch(xb, yb)
-    plan = self.draw(xb, yb)
-    weighed = [plan.weighs(y) and not isinstance(y, TensorPoint) for y in yb]
+    plan,target_plan,xb,yb = self.draw(xb, yb)
+    weighed = [target_plan.weighs(y) and not isinstance(y, TensorPoint) for y in yb]
     def decode(ys): return dls.train.decode_batch((*map(plan.mix, xb), *ys), max_n=max_n, full=False)
-    items  = decode([y if w else plan.mix(y) for y,w in zip(yb, weighed)])
-    others = [decode([y[j] for y in yb]) for j in plan.pairs.unbind(1)[1:]]
+    items  = decode([target_plan.own(y) if w else target_plan.mix(y) for y,w in zip(yb, weighed)])
+    others = [decode([y[j] for y in yb]) for j in target_plan.pairs.unbind(1)[1:]]
     if not hasattr(items[0][0], 'show'): raise TypeError(f'show_mix shows pictures, but the input is a {type(items[0][0]).__name__}')
-    regions = plan.region.expand(len(xb[0]), *plan.size) if isinstance(plan, RegionPlan) else [None]*len(items)
+    regions = plan.region.expand(len(plan.pairs), *plan.size) if isinstance(plan, RegionPlan) else [None]*len(items)
     axs = get_grid(len(items), nrows, ncols, figsize)
     for item,*rest,shares,region,ctx in zip(items, *others, plan.shares.expand(plan.pairs.shape).tolist(), regions, axs):
         for o in item[:dls.n_inp]: ctx = o.show(ctx=ctx)

@@ -16,7 +16,7 @@ from fastai.torch_core import TensorImage, set_seed
 from fastai.vision.core import TensorPoint
 from fastmix.bench import batch_step, count_ops
 from fastmix.callback import CutMix, MixUp, OneOf
-from fastmix.core import BlendPlan
+from fastmix.core import BlendPlan, derange
 from fastmix.loss import MixLoss
 from helpers import Record, class_dls, exportable_dls, mk_dls, mk_learn, quiet_fit
 
@@ -179,7 +179,7 @@ def test_defaults():
     assert (MixUp().mix.alpha, MixUp().mix.fold, CutMix().mix.alpha, CutMix().mix.fold) == (.4, True, 1., False)
 
 def test_one_of():
-    for bad in [], [MixUp], [MixUp(y_int=True)]:
+    for bad in [], [MixUp], [MixUp(y_int=True)], [MixUp(partners=derange)]:
         with pytest.raises(ValueError, match='OneOf'): OneOf(*bad)
     with pytest.raises(ValueError, match='nan'): OneOf(MixUp(), MixUp(1.), p=[float('nan')]*2)
     assert OneOf(MixUp(), MixUp(1.), MixUp(2.), p=[.3333]*3).mix.draw(torch.rand(4, 6))

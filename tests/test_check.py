@@ -20,7 +20,7 @@ class Unclipped(Cut):
     "keras-cv: the box counts in full"
     def plan(self, x, n, idx):
         lam = draw_lam(n, self.alpha, self.rng)
-        plan = CutPlan(draw_boxes(lam, x.shape[2:], self.rng), idx, x.shape[2:])
+        plan = CutPlan(draw_boxes(lam, x.shape[2:], self.rng), idx[:,0], x.shape[2:])
         plan.shares = torch.stack([lam, 1-lam], -1)
         return plan
 
@@ -37,7 +37,7 @@ class OtherPartners(BlendPlan):
     "Targets of another partner than the picture's"
     def mix(self, x): return BlendPlan(self.lam, self.idx.roll(1)).mix(x) if x.ndim>2 else super().mix(x)
 class Confused(Blend):
-    def plan(self, x, n, idx): return OtherPartners(draw_lam(n, 1., self.rng), idx)
+    def plan(self, x, n, idx): return OtherPartners(draw_lam(n, 1., self.rng), idx[:,0])
 
 class Forgets(Callback):
     "The pictures are mixed, the targets are not"

@@ -32,6 +32,7 @@ def test_the_mixture(shape, dtype, per_batch):
     x = (torch.rand(shape)*200).to(dtype)
     plan,kept = Blend(1., per_batch, k=4).draw(x), x.clone()
     assert all(js.sort().values.equal(torch.arange(len(x))) for js in plan.pairs.unbind(1)) and plan.shares.shape==(1 if per_batch else len(x), 4)
+    if len(x)>100: assert all((plan.pairs[:,i]!=plan.pairs[:,j]).float().mean()>.9 for i in range(4) for j in range(i))
     layouts = [x] + ([x.contiguous(memory_format=torch.channels_last)] if x.ndim==4 else [])
     layouts += [x.clone().requires_grad_()] if x.is_floating_point() else []
     for o in layouts:
