@@ -19,21 +19,24 @@ from .mixes import *
 from .loss import *
 
 # %% auto #0
-__all__ = ['MixHandler', 'check_batch', 'MixUp', 'CutMix', 'ResizeMix', 'FMix', 'GridMix', 'OneOf']
+__all__ = ['MixHandler', 'check_batch', 'MixUp', 'CutMix', 'ResizeMix', 'FMix', 'GridMix', 'ScheduledValue', 'OneOf', 'CutMixUp']
 
-# %% ../nbs/03_callback.ipynb #dbcb495d
+# %% ../nbs/03_callback.ipynb #9a70687f
 class MixHandler(Callback):
     "Mix training batches, and their loss, by `mix`; validation, prediction and export see the learner's own loss"
     run_valid,_stateattrs = False,('plan','mix_loss')
     plan,mix_loss,for_this_fit = None,None,False
     def __init__(self,
         mix:Mix, # How to mix
+        p:float=1., # Share of the samples to mix (of the batches, if `mix` is per batch), or a function of the share of training that is done
+        until:float=1., # Leave all alone after this share of the training
         partners=None, # Who meets whom: a function such as `derange`, or a `SecondLoader`; the batch, shuffled, by default
         y_int:bool=None, # Mix the losses (True) or the targets (False)? Else as the loss and the target's type say
     ):
         if not (partners is None or callable(partners) or hasattr(partners, 'beside')): raise TypeError(
             f'partners must be a function such as derange, or a SecondLoader(dl), but it is a {type(partners).__name__}')
-        self.mix,self.partners,self.y_int,self.told = mix,partners,y_int,False
+        self.mix = mix if not callable(p) and p==until==1 else Sometimes(mix, p, until)
+        self.partners,self.y_int,self.told,self.hps = partners,y_int,False,{}
 
     def __setattr__(self, name, value):
         if name=='learn': self.move(value)
@@ -48,6 +51,7 @@ class MixHandler(Callback):
             f'{" and ".join(map(repr, mixers))} would mix what the other has mixed: combine them, '
             'as in cbs=OneOf(MixUp(.4), CutMix(1.)), or remove one with learn.remove_cb')
         self.mix.reseed()
+        self.schedule_columns()
         if hasattr(self.partners, 'begin'): self.partners.begin(self.learn.dls.train, self.mix.rng)
 
     def before_train(self):
@@ -58,6 +62,7 @@ class MixHandler(Callback):
     def before_batch(self):
         "Draw a `Plan`, mix `xb` by it, and arm the loss with it"
         self.before_train()   # another callback may have changed the loss since
+        for name,value in self.mix.at(getattr(self.learn, 'pct_train', 0.)).items(): self.hps.setdefault(name, []).append(value)
         self.plan,target_plan,xb,yb = self.draw(self.learn.xb, self.learn.yb)
         xb = tuple(map(self.plan.mix, xb))
         self.learn.xb,self.learn.yb = xb,self.mix_loss.arm(target_plan, yb)
@@ -80,7 +85,14 @@ class MixHandler(Callback):
     def after_train(self):
         "Put the learner's own loss back"
         self.own_loss()
-    after_epoch = after_fit = after_train   # where training was cancelled
+    after_epoch = after_train   # where training was cancelled
+
+    def after_fit(self):
+        "Put the learner's own loss back, and hand scheduled values to the recorder, for `plot_sched`"
+        self.own_loss()
+        self.own_metrics()
+        if self.hps and hasattr(self.learn, 'param_scheduler'): self.learn.param_scheduler.hps.update(self.hps)
+        elif self.hps and hasattr(self.learn, 'recorder'): self.learn.recorder.hps = self.hps
 
 # %% ../nbs/03_callback.ipynb #e0635ca1
 @patch
@@ -88,7 +100,7 @@ def own_loss(self:MixHandler):
     "Put the learner's own loss back in place of a `MixLoss`"
     if isinstance(self.learn.loss_func, MixLoss): self.learn.loss_func = self.learn.loss_func.loss_func
 
-# %% ../nbs/03_callback.ipynb #7fc93dd8
+# %% ../nbs/03_callback.ipynb #9a037791
 def _adding_for_a_fit():
     f,added = sys._getframe(),Learner.added_cbs.__wrapped__.__code__
     while f and f.f_code is not added: f = f.f_back
@@ -102,6 +114,7 @@ def move(self:MixHandler,
     if learn is not None and learn is self.learn: raise ValueError(f'This {self!r} is on the learner already, so it need not be added again')
     if self.learn is not None:
         self.own_loss()
+        self.own_metrics()
         if learn is not None and self in self.learn.cbs:
             warn(f'{self!r} goes to another learner, and the first one no longer mixes: give each learner a mixer of its own')
             self.learn.remove_cb(self)
@@ -210,18 +223,63 @@ class GridMix(MixHandler):
         **kwargs # For `MixHandler`
     ): super().__init__(GridCut(alpha, cells, per_batch, fold), **kwargs)
 
-# %% ../nbs/03_callback.ipynb #e8e12ba4
-class OneOf(MixHandler):
-    "Mix each training batch by one of `mixers`, chosen at random"
-    @delegates(MixHandler)
+# %% ../nbs/03_callback.ipynb #82333af0
+@patch
+def own_metrics(self:MixHandler):
+    "Take the columns of scheduled values out of the learner's metrics"
+    metrics = [m for m in self.learn.metrics if not isinstance(m, ScheduledValue)]
+    if len(metrics)<len(self.learn.metrics): self.learn.metrics = metrics
+
+@patch
+def schedule_columns(self:MixHandler):
+    "Begin to record scheduled values, with a column of each in the table of epochs, if there is one"
+    self.own_metrics()
+    self.hps = {name:[] for name in self.mix.at(0.)}
+    if self.hps and self.learn.logger is not noop: self.learn.metrics = [*self.learn.metrics, *(ScheduledValue(self.hps[o], o) for o in self.hps)]
+
+# %% ../nbs/03_callback.ipynb #512080ce
+class ScheduledValue(Metric):
+    "The last of `values`, as a column of the table of epochs"
     def __init__(self,
-        *mixers:MixHandler, # Such as `MixUp(.4)` and `CutMix(1.)`
-        p:list=None, # Probability of each; all the same by default
+        values:list, # Grows with each batch
+        name:str, # Of the column
+    ): self.values,self._name = values,name
+
+    def reset(self): pass
+    def accumulate(self, learn): pass
+    @property
+    def value(self): return self.values[-1] if self.values else None
+    @property
+    def name(self): return self._name
+
+# %% ../nbs/03_callback.ipynb #ca9b7992
+class OneOf(MixHandler):
+    "Mix each training batch, or each sample, by one of `mixers`, chosen at random"
+    @delegates(MixHandler, but='p')
+    def __init__(self,
+        *mixers:MixHandler, # Such as `MixUp(.4)`, `CutMix(1.)`, or None to leave alone
+        p:list=None, # Weight of each, numbers or functions of the share of training that is done; all the same by default
+        per_batch:bool=True, # One of them for the whole batch, instead of one for each sample?
         **kwargs # For `MixHandler`
     ):
-        if not mixers or not all(isinstance(m, MixHandler) and m.y_int is m.partners is None for m in mixers): raise ValueError(
+        def bare(m): return isinstance(m, MixHandler) and m.y_int is m.partners is None
+        if not mixers or not all(m is None or bare(m) for m in mixers): raise ValueError(
             f'OneOf takes mixers, as in OneOf(MixUp(.4), CutMix(1.)), and itself their partners and y_int, but got {mixers}')
-        super().__init__(Choice([m.mix for m in mixers], p), **kwargs)
+        super().__init__(Choice([m.mix if m else Mix() for m in mixers], p, per_batch), **kwargs)
+
+# %% ../nbs/03_callback.ipynb #acb4b591
+class CutMixUp(OneOf):
+    "`MixUp` or `CutMix`, by turns"
+    @delegates(OneOf, but='p')
+    def __init__(self,
+        alpha:float=.4, # Of `MixUp`
+        cut_alpha:float=1., # Of `CutMix`
+        cut_p:float=.5, # Share of the batches, or samples, to cut
+        **kwargs # For `OneOf`
+    ): super().__init__(MixUp(alpha), CutMix(cut_alpha), p=[_rest(cut_p),cut_p], **kwargs)
+
+def _rest(p): return partial(_complement, p) if callable(p) else 1-check_share('cut_p', p)
+def _complement(p, pct): return 1-p(pct)
 
 # %% ../nbs/03_callback.ipynb #21f46c95
 _learner_state = Learner.__getstate__

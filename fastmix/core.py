@@ -18,7 +18,8 @@ from torch import Tensor
 __all__ = ['private_rng', 'check_alpha', 'draw_lam', 'draw_partners', 'derange', 'same_class', 'other_class', 'balanced',
            'near_target', 'unsqueeze_as', 'blend', 'plain', 'recycled', 'blend_partners', 'draw_boxes', 'box_mask',
            'paste_mask', 'paste_boxes', 'draw_grid_masks', 'draw_fourier_masks', 'draw_inner_boxes', 'shrink_into',
-           'Plan', 'BlendPlan', 'draw_shares', 'BlendManyPlan', 'RegionPlan', 'CutPlan', 'ResizePlan', 'MaskPlan']
+           'Plan', 'BlendPlan', 'draw_shares', 'BlendManyPlan', 'RegionPlan', 'CutPlan', 'ResizePlan', 'MaskPlan',
+           'JoinedPlan']
 
 # %% ../nbs/00_core.ipynb #1570cbb1
 def _rank():
@@ -355,14 +356,15 @@ def shrink_into(
         else: x = torch.lerp(take(low), take(low+1), along((at-low).clamp(0, 1)).to(x.dtype))
     return torch.empty_like(like).copy_(x)   # in the memory format that it came in
 
-# %% ../nbs/00_core.ipynb #16f0e4a2
+# %% ../nbs/00_core.ipynb #8ca50232
 def _check_length(x, plan):
     n = plan.n or len(plan.pairs)
     if n!=len(x): raise ValueError(f'A plan for {n} samples can not mix a batch of {len(x)}: draw one for each batch')
 
 class Plan:
     "How one batch is mixed. This one leaves every sample alone; its subclasses mix"
-    n,whole = None,True   # how many samples there are to mix from, if more than are mixed; are all of them mixed, in order?
+    n,whole = None,True   # how many samples there are to mix from, if more than are mixed; are the first of them mixed, in order?
+    region = None         # mask of what is pasted: (bs, *size), or (1, *size)
     def __init__(self,
         lam:Tensor, # (bs,), or (1,) for the whole batch: each sample's weight in its own mixture
         idx:Tensor, # (bs,), int64: the position of each sample's partner
@@ -423,9 +425,16 @@ class Plan:
         yb:tuple, # Targets, each (bs, ...)
     ) -> Plan: # For `yb`: each sample's target, mixed with itself
         "The plan for targets where partners have none. A `ValueError` where a target must be cut"
-        if not all(map(self.weighs, yb)): raise ValueError(
-            'A mask can not be cut along with pictures of partners that have none: blend them (`MixUp`), or take partners with masks')
         return BlendPlan(self.lam, self.pairs[:,0])
+
+    def take(self,
+        rows:Tensor, # (m,), int64
+    ) -> Plan: # For m samples, of the same inputs
+        "The plan for some of its samples"
+        res,bs = copy(self),len(self.pairs)
+        vars(res).update({k:v[rows] for k,v in vars(self).items() if isinstance(v, Tensor) and len(v)==bs})
+        res.n,res.whole = self.n or bs,False
+        return res
 
     def weighs(self,
         y:Tensor, # (bs, ...) A target
@@ -464,7 +473,7 @@ class BlendManyPlan(BlendPlan):
         own = torch.arange(idx.shape[-2], device=idx.device)[:,None].expand(*idx.shape[:-1], 1)
         self.shares,self.pairs = shares,torch.cat([own, idx], -1)
 
-# %% ../nbs/00_core.ipynb #73865b05
+# %% ../nbs/00_core.ipynb #e97a0596
 class RegionPlan(BlendPlan):
     "Base class of the plans that paste a region of each sample's partner into it. `region` is its mask: (bs, *size), or (1, *size)"
     def __init__(self,
@@ -483,6 +492,10 @@ class RegionPlan(BlendPlan):
 
     def mix(self, x): return super().mix(x) if self.weighs(x) else self.paste(x)
 
+    def own_targets(self, yb):
+        if all(map(self.weighs, yb)): return super().own_targets(yb)
+        raise ValueError('A mask can not be cut along with pictures of partners that have none: blend them (`MixUp`), or take partners with masks')
+
     def weighs(self, y):
         dense = y.shape[-len(self.size):]==self.size and y.ndim>len(self.size)
         unclear = dense and y.ndim==2 and y.is_floating_point()   # values along a signal, or as many labels?
@@ -491,7 +504,7 @@ class RegionPlan(BlendPlan):
             f'Can not cut a tensor of shape {tuple(y.shape)} along with pictures of size {self.size}: '
             'give it their size (and a channel dimension, for values along a signal), or blend the batch (`MixUp`) instead of cutting it.')
 
-# %% ../nbs/00_core.ipynb #10153685
+# %% ../nbs/00_core.ipynb #1686f067
 class CutPlan(RegionPlan):
     "A `Plan` that pastes a box of each sample's partner into it"
     def __init__(self,
@@ -509,8 +522,7 @@ class CutPlan(RegionPlan):
 
 class ResizePlan(CutPlan):
     "A `Plan` that shrinks each sample's partner into a box"
-    def paste(self, x):
-        return paste_mask(self.own(x), shrink_into(x[self.idx], self.boxes, self.size), self.region)
+    def paste(self, x): return paste_mask(self.own(x), shrink_into(x[self.idx], self.boxes, self.size), self.region)
 
 class MaskPlan(RegionPlan):
     "A `Plan` that pastes what a mask shows of each sample's partner"
@@ -521,3 +533,49 @@ class MaskPlan(RegionPlan):
     ):
         self.region = region
         super().__init__(1 - region.flatten(-len(size)).float().mean(-1), idx, size)
+
+# %% ../nbs/00_core.ipynb #f45e3bed
+class JoinedPlan(Plan):
+    "A `Plan` that mixes some samples by one plan, others by another"
+    def __init__(self,
+        parts:list, # (rows, plan): plans made by `take`, and which samples they are for, (m,), int64
+    ):
+        self.parts,self.n = parts,parts[0][1].n
+        self.k = max(o.pairs.shape[1] for _,o in parts)
+        self.size = next((o.size for _,o in parts if isinstance(o, RegionPlan)), None)
+        self.pairs = self.join(lambda o: self.padded(o.pairs, o.pairs[:,:1]))
+        self.shares = self.join(lambda o: self.padded(o.shares.expand(o.pairs.shape), 0*o.shares[:,:1]))
+
+    def take(self, rows):
+        at = rows.new_full((len(self.pairs),), -1).index_copy_(0, rows, torch.arange(len(rows), device=rows.device))
+        kept = [(at[old], plan, at[old]>=0) for old,plan in self.parts]
+        return JoinedPlan([(new[keep], plan.take(keep.nonzero()[:,0])) for new,plan,keep in kept if keep.any()])
+
+    def padded(self, o, own): return torch.cat([o, own.expand(len(o), self.k-o.shape[1], *o.shape[2:])], 1)
+
+    def join(self,
+        f:callable, # Of a plan: (m, ...)
+        res:Tensor=None, # (bs, ...) Where to put it; new memory by default
+    ) -> Tensor: # (bs, ...)
+        "What `f` gives for each part, each in its rows"
+        for rows,plan in self.parts:
+            o = f(plan)
+            if res is None: res = o.new_empty(sum(len(r) for r,_ in self.parts), *o.shape[1:])
+            res.index_copy_(0, rows, o)
+        return res
+
+    def mix(self, x): return self.join(lambda o: o.mix(x), torch.empty_like(self.own(x)))
+    def weighs(self, y): return any(o.weighs(y) for _,o in self.parts)
+    def targets(self, y): return self.join(lambda o: self.padded(t := o.targets(y) if o.weighs(y) else o.mix(y)[:,None], t[:,:1]))
+    def to(self, device):
+        self.parts = [(rows.to(device),plan.to(device)) for rows,plan in self.parts]
+        return super().to(device)
+
+    def own_targets(self, yb):
+        for _,plan in self.parts: plan.own_targets(yb)
+        return super().own_targets(yb)
+
+    @property
+    def region(self):
+        def of(plan): return plan.region.expand(len(plan.pairs), *self.size) if plan.region is not None else self.pairs.new_zeros(len(plan.pairs), *self.size).bool()
+        return self.size and self.join(of)

@@ -17,7 +17,7 @@ from .mixes import *
 from .callback import *
 
 # %% auto #0
-__all__ = ['mix_caption', 'show_mixed_target', 'outline']
+__all__ = ['mix_caption', 'show_mixed_target', 'outline', 'parts']
 
 # %% ../nbs/05_show.ipynb #1052b047
 def mix_caption(
@@ -48,7 +48,7 @@ def outline(
     "Draw a line along the border of `region`"
     if region.any() and not region.all(): ctx.contour(region.float().cpu(), levels=[.5], colors='w', linewidths=1)
 
-# %% ../nbs/05_show.ipynb #f7aa81ba
+# %% ../nbs/05_show.ipynb #be52d981
 @patch
 def show_mix(self:MixHandler,
     dls:DataLoaders, # Where the batch comes from, and how it is decoded
@@ -67,7 +67,7 @@ def show_mix(self:MixHandler,
     items  = decode([target_plan.own(y) if w else target_plan.mix(y) for y,w in zip(yb, weighed)])
     others = [decode([y[j] for y in yb]) for j in target_plan.pairs.unbind(1)[1:]]
     if not hasattr(items[0][0], 'show'): raise TypeError(f'show_mix shows pictures, but the input is a {type(items[0][0]).__name__}')
-    regions = plan.region.expand(len(plan.pairs), *plan.size) if isinstance(plan, RegionPlan) else [None]*len(items)
+    regions = [None]*len(items) if plan.region is None else plan.region.expand(len(plan.pairs), *plan.size)
     axs = get_grid(len(items), nrows, ncols, figsize)
     for item,*rest,shares,region,ctx in zip(items, *others, plan.shares.expand(plan.pairs.shape).tolist(), regions, axs):
         for o in item[:dls.n_inp]: ctx = o.show(ctx=ctx)
@@ -92,7 +92,13 @@ def show_mix(self:Learner,
         'or show a mixer without a learner, as in MixUp(.4).show_mix(dls)')
     mixers[0].show_mix(self.dls, b, max_n, nrows, ncols, figsize)
 
-# %% ../nbs/05_show.ipynb #a097b625
+# %% ../nbs/05_show.ipynb #dde294ec
+def parts(
+    mix:Mix, # Such as `Choice([Blend(.4), Cut(1.)])`
+) -> list: # Such as `[Blend(.4), Cut(1.)]`
+    "The mixes that a combination chooses from"
+    return [o for m in mix.mixes for o in parts(m)] if isinstance(mix, Choice) else [mix]
+
 @patch
 def plot_lam(self:MixHandler,
     ax:plt.Axes=None, # Where to draw; new axes by default
@@ -101,7 +107,7 @@ def plot_lam(self:MixHandler,
     "Plot the density of λ as it is drawn from Beta(alpha,alpha), and folded (for `CutMix`: before boxes are clipped)"
     ax = ax or plt.subplots(**kwargs)[1]
     lam = torch.linspace(.005, .995, 199)
-    for mix in getattr(self.mix, 'mixes', [self.mix]):
+    for mix in parts(self.mix):
         if not getattr(mix, 'alpha', 0): continue
         if getattr(mix, 'k', 2)>2:
             drawn = draw_shares(100_000, mix.alpha, mix.k, np.random.default_rng(42), mix.fold)[:,0]
