@@ -5,3 +5,4 @@ from fastmix.callback import *
 from fastmix.data import *
 from fastmix.show import *
 from fastmix.check import *
+from fastmix.manifold import *

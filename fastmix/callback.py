@@ -19,9 +19,10 @@ from .mixes import *
 from .loss import *
 
 # %% auto #0
-__all__ = ['MixHandler', 'check_batch', 'MixUp', 'CutMix', 'ResizeMix', 'FMix', 'GridMix', 'ScheduledValue', 'OneOf', 'CutMixUp']
+__all__ = ['MixHandler', 'check_batch', 'MixUp', 'CutMix', 'ResizeMix', 'SaliencyMix', 'FMix', 'GridMix', 'ScheduledValue',
+           'OneOf', 'CutMixUp']
 
-# %% ../nbs/03_callback.ipynb #9a70687f
+# %% ../nbs/03_callback.ipynb #c655285e
 class MixHandler(Callback):
     "Mix training batches, and their loss, by `mix`; validation, prediction and export see the learner's own loss"
     run_valid,_stateattrs = False,('plan','mix_loss')
@@ -32,11 +33,12 @@ class MixHandler(Callback):
         until:float=1., # Leave all alone after this share of the training
         partners=None, # Who meets whom: a function such as `derange`, or a `SecondLoader`; the batch, shuffled, by default
         y_int:bool=None, # Mix the losses (True) or the targets (False)? Else as the loss and the target's type say
+        soft:bool=False, # Hand the loss probabilities, one-hot and mixed, instead of mixing losses?
     ):
         if not (partners is None or callable(partners) or hasattr(partners, 'beside')): raise TypeError(
             f'partners must be a function such as derange, or a SecondLoader(dl), but it is a {type(partners).__name__}')
         self.mix = mix if not callable(p) and p==until==1 else Sometimes(mix, p, until)
-        self.partners,self.y_int,self.told,self.hps = partners,y_int,False,{}
+        self.partners,self.y_int,self.soft,self.told,self.hps = partners,y_int,soft,False,{}
 
     def __setattr__(self, name, value):
         if name=='learn': self.move(value)
@@ -56,7 +58,7 @@ class MixHandler(Callback):
 
     def before_train(self):
         "Put a `MixLoss` around the learner's loss"
-        if not isinstance(self.learn.loss_func, MixLoss): self.learn.loss_func = MixLoss(self.learn.loss_func, self.y_int)
+        if not isinstance(self.learn.loss_func, MixLoss): self.learn.loss_func = MixLoss(self.learn.loss_func, self.y_int, self.soft)
         self.mix_loss = self.learn.loss_func
 
     def before_batch(self):
@@ -64,7 +66,7 @@ class MixHandler(Callback):
         self.before_train()   # another callback may have changed the loss since
         for name,value in self.mix.at(getattr(self.learn, 'pct_train', 0.)).items(): self.hps.setdefault(name, []).append(value)
         self.plan,target_plan,xb,yb = self.draw(self.learn.xb, self.learn.yb)
-        xb = tuple(map(self.plan.mix, xb))
+        xb = self.feed(xb)
         self.learn.xb,self.learn.yb = xb,self.mix_loss.arm(target_plan, yb)
 
     def after_pred(self):
@@ -94,7 +96,14 @@ class MixHandler(Callback):
         if self.hps and hasattr(self.learn, 'param_scheduler'): self.learn.param_scheduler.hps.update(self.hps)
         elif self.hps and hasattr(self.learn, 'recorder'): self.learn.recorder.hps = self.hps
 
-# %% ../nbs/03_callback.ipynb #e0635ca1
+# %% ../nbs/03_callback.ipynb #434f08b6
+@patch
+def feed(self:MixHandler,
+    xb:tuple, # Inputs, each (n, ...)
+) -> tuple: # Inputs, mixed, each (bs, ...)
+    "What the model is given"
+    return tuple(map(self.plan.mix, xb))
+
 @patch
 def own_loss(self:MixHandler):
     "Put the learner's own loss back in place of a `MixLoss`"
@@ -120,7 +129,7 @@ def move(self:MixHandler,
             self.learn.remove_cb(self)
     self.for_this_fit = learn is not None and _adding_for_a_fit()
 
-# %% ../nbs/03_callback.ipynb #9ad40202
+# %% ../nbs/03_callback.ipynb #96999781
 @patch
 def whole_batch(self:MixHandler,
     yb:tuple, # Targets, each (bs, ...)
@@ -128,7 +137,7 @@ def whole_batch(self:MixHandler,
     "Can the learner's loss not be taken apart, so that the batch must have one λ?"
     loss_func = self.learn and self.learn.loss_func
     if isinstance(loss_func, MixLoss): loss_func = loss_func.loss_func
-    whole = loss_func and not separable(loss_func) and any(mixes_loss(loss_func, y, self.y_int) for y in yb)
+    whole = loss_func and not self.soft and not separable(loss_func) and any(mixes_loss(loss_func, y, self.y_int) for y in yb)
     if whole and not self.told:
         warn(f'{self!r} draws one λ for each batch instead of one per sample, since {loss_func} has no `reduction` to leave out')
         self.told = True
@@ -190,7 +199,7 @@ class CutMix(MixHandler):
         **kwargs # For `MixHandler`
     ): super().__init__(Cut(alpha, per_batch, fold, min_side, max_side), **kwargs)
 
-# %% ../nbs/03_callback.ipynb #dfda81c8
+# %% ../nbs/03_callback.ipynb #4b2b43cc
 class ResizeMix(MixHandler):
     "Shrink another sample of its batch into a box of each training sample: [ResizeMix](https://arxiv.org/abs/2012.11101)"
     @delegates(MixHandler)
@@ -200,6 +209,17 @@ class ResizeMix(MixHandler):
         per_batch:bool=False, # One box for the whole batch instead of one per sample?
         **kwargs # For `MixHandler`
     ): super().__init__(ResizeCut(min_side, max_side, per_batch), **kwargs)
+
+class SaliencyMix(MixHandler):
+    "Paste the most salient box of another sample of its batch into each training sample: [SaliencyMix](https://arxiv.org/abs/2006.01791)"
+    @delegates(MixHandler)
+    def __init__(self,
+        alpha:float=1., # The box covers the share 1-λ, before clipping, with λ from Beta(`alpha`,`alpha`); 0 is off
+        saliency:callable=spectral_residual, # Function of a batch (bs, channels, *size): its map (bs, *small), of any size
+        per_batch:bool=False, # One box for the whole batch, where it is most salient on average, instead of one per sample?
+        fold:bool=False, # Replace λ by max(λ, 1-λ), so that the box covers half of the picture at most?
+        **kwargs # For `MixHandler`
+    ): super().__init__(SaliencyCut(alpha, saliency, per_batch, fold), **kwargs)
 
 class FMix(MixHandler):
     "Paste regions of any shape of another sample of its batch into each training sample: [FMix](https://arxiv.org/abs/2002.12047)"
@@ -212,6 +232,7 @@ class FMix(MixHandler):
         **kwargs # For `MixHandler`
     ): super().__init__(FourierCut(alpha, decay, per_batch, fold), **kwargs)
 
+# %% ../nbs/03_callback.ipynb #3646b1ce
 class GridMix(MixHandler):
     "Paste cells of a grid of another sample of its batch into each training sample: [GridMix](https://doi.org/10.1016/j.patcog.2020.107594)"
     @delegates(MixHandler)
@@ -252,7 +273,7 @@ class ScheduledValue(Metric):
     @property
     def name(self): return self._name
 
-# %% ../nbs/03_callback.ipynb #ca9b7992
+# %% ../nbs/03_callback.ipynb #344ae756
 class OneOf(MixHandler):
     "Mix each training batch, or each sample, by one of `mixers`, chosen at random"
     @delegates(MixHandler, but='p')
@@ -262,9 +283,9 @@ class OneOf(MixHandler):
         per_batch:bool=True, # One of them for the whole batch, instead of one for each sample?
         **kwargs # For `MixHandler`
     ):
-        def bare(m): return isinstance(m, MixHandler) and m.y_int is m.partners is None
+        def bare(m): return isinstance(m, MixHandler) and m.y_int is m.partners is None and not m.soft
         if not mixers or not all(m is None or bare(m) for m in mixers): raise ValueError(
-            f'OneOf takes mixers, as in OneOf(MixUp(.4), CutMix(1.)), and itself their partners and y_int, but got {mixers}')
+            f'OneOf takes mixers, as in OneOf(MixUp(.4), CutMix(1.)), and itself their partners, y_int and soft, but got {mixers}')
         super().__init__(Choice([m.mix if m else Mix() for m in mixers], p, per_batch), **kwargs)
 
 # %% ../nbs/03_callback.ipynb #acb4b591
@@ -281,12 +302,15 @@ class CutMixUp(OneOf):
 def _rest(p): return partial(_complement, p) if callable(p) else 1-check_share('cut_p', p)
 def _complement(p, pct): return 1-p(pct)
 
-# %% ../nbs/03_callback.ipynb #21f46c95
+# %% ../nbs/03_callback.ipynb #ad9f69bc
 _learner_state = Learner.__getstate__
 
 @patch
 def __getstate__(self:Learner):
     "The state to pickle, without mixers that are attached for the running fit alone"
+    for cb in self.cbs:
+        if hasattr(cb, 'unhook'): cb.unhook()
     gone = [cb for cb in self.cbs if isinstance(cb, MixHandler) and cb.for_this_fit]
     state = {k:v for k,v in _learner_state(self).items() if not any(v is cb for cb in gone)}
-    return {**state, 'cbs': self.cbs.filter(lambda cb: cb not in gone)}
+    own = L(self.metrics).filter(lambda m: not isinstance(m, ScheduledValue))
+    return {**state, 'cbs': self.cbs.filter(lambda cb: cb not in gone), '_metrics': own}

@@ -22,7 +22,7 @@ from .core import *
 
 # %% auto #0
 __all__ = ['loss_layers', 'loss_arg', 'separable', 'mixes_loss', 'per_sample', 'class_loss_args', 'known', 'lerp_class_loss',
-           'check_loss', 'lerp_loss', 'MixLoss']
+           'check_loss', 'lerp_loss', 'MixLoss', 'soft_targets', 'soft_loss', 'ClassBCELoss']
 
 # %% ../nbs/02_loss.ipynb #2f2bdbcf
 def loss_layers(
@@ -233,15 +233,16 @@ def lerp_loss(
     check_loss(loss_func, plan, pred, ybs)
     return _lerp_other(loss_func, plan, pred, ybs)
 
-# %% ../nbs/02_loss.ipynb #7378dbe4
+# %% ../nbs/02_loss.ipynb #5d72ec7c
 class MixLoss:
     "`loss_func`, mixed for the targets that it is armed with; for all others, and in all else, `loss_func` itself"
-    _own = {'loss_func','force_y_int','plan','mixed','pool','targets','used'}
+    _own = {'loss_func','force_y_int','soft','plan','mixed','pool','targets','used'}
     def __init__(self,
         loss_func, # Loss, as a fastai `Learner` takes it
         y_int:bool=None, # Mix the losses (True) or the targets (False)? Else as `loss_func` and the target's type say
+        soft:bool=False, # Hand `loss_func` probabilities, one-hot and mixed, instead of mixing its losses?
     ):
-        self.loss_func,self.force_y_int = loss_func,y_int
+        self.loss_func,self.force_y_int,self.soft = loss_func,y_int,soft
         self.disarm()
 
     def disarm(self):
@@ -288,7 +289,7 @@ def armed_for(self:MixLoss, yb) -> bool:
     "Are the losses to be mixed for `yb`, the same memory that the loss was armed with?"
     return any(self.mixed) and len(yb)==len(self.targets) and all(map(_same, yb, self.targets))
 
-# %% ../nbs/02_loss.ipynb #5f705f67
+# %% ../nbs/02_loss.ipynb #0ec007ce
 @patch
 def __call__(self:MixLoss,
     pred, # Predictions for the mixed inputs
@@ -302,5 +303,57 @@ def __call__(self:MixLoss,
         finally: self.disarm()
     loss_func = partial(self.loss_func, **kwargs) if kwargs else self.loss_func
     if not self.armed_for(yb): return loss_func(pred, *yb)
-    res,self.used = lerp_loss(loss_func, self.plan, pred, self.pool, self.mixed),True
-    return res
+    self.used = True
+    if self.soft and all(self.mixed): return soft_loss(loss_func, self.plan, pred, self.pool)
+    return lerp_loss(loss_func, self.plan, pred, self.pool, self.mixed)
+
+# %% ../nbs/02_loss.ipynb #24c146eb
+def soft_targets(
+    plan:Plan, # How the batch was mixed
+    y:Tensor, # (n, ...) Classes
+    c:int, # How many there are
+) -> Tensor: # (bs, c, ...), float32: probabilities; all 0 for a negative `y`, such as -100
+    "One-hot classes, mixed"
+    y = plan.targets(plain(y).long())
+    share = per_sample(plan.shares, y).float()*(y>=0)
+    return share.new_zeros(len(y), c, *y.shape[2:]).scatter_add_(1, y.clamp_min(0), share)
+
+def soft_loss(
+    loss_func, # Loss, as a fastai `Learner` takes it
+    plan:Plan, # How the batch was mixed
+    pred:Tensor, # (bs, c, ...) Predictions for the mixed inputs; in a fastai loss, the classes are in its `axis`
+    yb:tuple, # Targets: classes (n, ...)
+) -> Tensor: # Reduced as `loss_func` reduces
+    "The loss on one-hot, mixed targets; a `ValueError` where `loss_func` does not take any"
+    f,args = loss_func,class_loss_args(loss_func)
+    if args and args['axis'] is not None: f,pred = loss_layers(loss_func)[1],plain(pred).movedim(args['axis'], 1)
+    try:
+        y, = yb
+        return f(pred, soft_targets(plan, y, pred.shape[1]))
+    except (TypeError,ValueError,RuntimeError) as e: raise ValueError(f'{loss_func} does not take probabilities as targets: mix its losses, soft=False') from e
+
+# %% ../nbs/02_loss.ipynb #977ed5e0
+class ClassBCELoss(nn.Module):
+    "Binary cross-entropy of each class against the rest ([ResNet strikes back](https://arxiv.org/abs/2110.00476), section 2.2)"
+    def __init__(self,
+        label_smoothing:float=0., # ε: this share of each target is spread over all classes
+        thresh:float=None, # Count a class as present if its probability is above this; mix with `soft=True` for it
+        reduction:str='mean', # Over samples and classes
+    ):
+        super().__init__()
+        if not 0<=label_smoothing<1: raise ValueError(f'label_smoothing must be at least 0 and below 1, but it is {label_smoothing!r}')
+        self.label_smoothing,self.thresh,self.reduction = label_smoothing,thresh,reduction
+
+    def forward(self,
+        pred:Tensor, # (bs, c, ...) Logits
+        y:Tensor, # (bs, ...) Classes, or (bs, c, ...) probabilities
+    ) -> Tensor:
+        "The loss"
+        pred,y,c = plain(pred),plain(y),pred.shape[1]
+        if not y.is_floating_point(): y = F.one_hot(y.long(), c).movedim(-1, 1)
+        if self.thresh is not None: y = y > self.thresh
+        y = y.to(pred.dtype)*(1-self.label_smoothing) + self.label_smoothing/c
+        return F.binary_cross_entropy_with_logits(pred, y, reduction=self.reduction)
+
+    def activation(self, pred): return pred.sigmoid()
+    def decodes(self, pred): return pred.argmax(1)

@@ -17,8 +17,8 @@ from fastcore.basics import first
 from .core import *
 
 # %% auto #0
-__all__ = ['check_partners', 'Mix', 'BetaMix', 'Blend', 'picture_size', 'check_sides', 'Cut', 'ResizeCut', 'FourierCut',
-           'GridCut', 'check_weights', 'Choice', 'check_share', 'Sometimes']
+__all__ = ['check_partners', 'Mix', 'BetaMix', 'Blend', 'picture_size', 'check_sides', 'Cut', 'SaliencyCut', 'ResizeCut',
+           'FourierCut', 'GridCut', 'check_weights', 'Choice', 'check_share', 'Sometimes']
 
 # %% ../nbs/01_mixes.ipynb #18bffe8b
 class _Ahead:
@@ -194,6 +194,32 @@ class Cut(BetaMix):
         lam = lam.clamp(1-self.max_side**len(size), 1-self.min_side**len(size))
         return CutPlan(draw_boxes(lam, size, self.rng), idx, size)
 
+# %% ../nbs/01_mixes.ipynb #8ce300a9
+class SaliencyCut(BetaMix):
+    "Paste the most salient box of its partner into each sample: [SaliencyMix](https://arxiv.org/abs/2006.01791)"
+    def __init__(self,
+        alpha:float=1., # The box covers the share 1-λ, before clipping, with λ from Beta(`alpha`,`alpha`); 0 is off
+        saliency:callable=spectral_residual, # Function of a batch (bs, channels, *size): its map (bs, *small), of any size
+        per_batch:bool=False, # One box for the whole batch, where it is most salient on average, instead of one per sample?
+        fold:bool=False, # Replace λ by max(λ, 1-λ), so that the box covers half of the picture at most?
+    ):
+        super().__init__(alpha, per_batch, fold)
+        if not callable(saliency): raise TypeError(f'saliency must be a function such as spectral_residual, but it is {saliency!r}')
+        self.saliency = saliency
+
+    def mixture(self, lam, idx, x): return Plan(lam, idx)
+
+    def draw(self, x, per_batch=False, partners=None, bs=None):
+        plan,size = super().draw(x, per_batch, partners, bs),picture_size(x)
+        if not self.alpha or not len(x): return plan
+        found,whole = self.saliency(x),per_batch or self.per_batch
+        if found.ndim!=x.ndim-1 or len(found)!=len(x): raise ValueError(
+            f'saliency must give a map of shape ({len(x)}, *size) for a batch of shape {tuple(x.shape)}, but gave {tuple(found.shape)}')
+        centre = peaks(found.mean(0, keepdim=True)) if whole else peaks(found)[plan.idx]
+        res = CutPlan(boxes_around(centre, plan.lam, size), plan.idx, size)
+        res.n = plan.n
+        return res
+
 # %% ../nbs/01_mixes.ipynb #2b7f5345
 class ResizeCut(Mix):
     "Shrink its partner into a box of each sample: [ResizeMix](https://arxiv.org/abs/2012.11101)"
@@ -291,7 +317,7 @@ class Choice(Mix):
         rows = {i: torch.from_numpy(np.flatnonzero(which==i)).to(x.device, non_blocking=True) for i in plans}
         return JoinedPlan([(rows[i], plan.take(rows[i])) for i,plan in plans.items()])
 
-# %% ../nbs/01_mixes.ipynb #3d2e88c4
+# %% ../nbs/01_mixes.ipynb #4cfcf60e
 def check_share(
     name:str, # Of the argument
     value:float, # Share between 0 and 1
@@ -303,6 +329,7 @@ def check_share(
 def _or_not(p): return [check_share('p', p),1.-p]
 def _p_until(p, until, pct): return 0. if pct>=until else _plain_number(p(pct)) if callable(p) else p
 
+# %% ../nbs/01_mixes.ipynb #00ad1959
 class Sometimes(Choice):
     "Mix by `mix` at times"
     def __init__(self,

@@ -17,7 +17,7 @@ from .mixes import *
 from .callback import *
 
 # %% auto #0
-__all__ = ['mix_caption', 'show_mixed_target', 'outline', 'parts']
+__all__ = ['mix_caption', 'show_mixed_target', 'outline', 'lay_over', 'parts']
 
 # %% ../nbs/05_show.ipynb #1052b047
 def mix_caption(
@@ -48,7 +48,19 @@ def outline(
     "Draw a line along the border of `region`"
     if region.any() and not region.all(): ctx.contour(region.float().cpu(), levels=[.5], colors='w', linewidths=1)
 
-# %% ../nbs/05_show.ipynb #be52d981
+# %% ../nbs/05_show.ipynb #50401a7f
+def lay_over(
+    saliency:Tensor, # (height, width), of any size
+    ctx, # Axes that show the picture
+):
+    "Darken what is not salient"
+    s = saliency.float().cpu()
+    left,right = ctx.get_xlim()
+    bottom,top = ctx.get_ylim()
+    veil = .8*(1-(s/s.max().clamp_min(1e-12)).clamp(0,1).sqrt())
+    ctx.imshow(torch.zeros_like(s), cmap='gray', alpha=veil.numpy(), extent=(left,right,bottom,top), interpolation='bilinear')
+
+# %% ../nbs/05_show.ipynb #4a75497a
 @patch
 def show_mix(self:MixHandler,
     dls:DataLoaders, # Where the batch comes from, and how it is decoded
@@ -57,6 +69,7 @@ def show_mix(self:MixHandler,
     nrows:int=None, # Rows of the grid
     ncols:int=None, # Columns of the grid
     figsize:tuple=None, # Width and height of the picture, in inches
+    saliency:callable=None, # Lay this map of each partner over the picture, such as `spectral_residual`
 ):
     "Show a training batch as the network is fed it, each picture captioned with its targets and their shares"
     b = ifnone(b, dls.one_batch())
@@ -68,15 +81,17 @@ def show_mix(self:MixHandler,
     others = [decode([y[j] for y in yb]) for j in target_plan.pairs.unbind(1)[1:]]
     if not hasattr(items[0][0], 'show'): raise TypeError(f'show_mix shows pictures, but the input is a {type(items[0][0]).__name__}')
     regions = [None]*len(items) if plan.region is None else plan.region.expand(len(plan.pairs), *plan.size)
+    maps = saliency(xb[0])[plan.idx] if saliency else [None]*len(items)
     axs = get_grid(len(items), nrows, ncols, figsize)
-    for item,*rest,shares,region,ctx in zip(items, *others, plan.shares.expand(plan.pairs.shape).tolist(), regions, axs):
+    for item,*rest,shares,region,found,ctx in zip(items, *others, plan.shares.expand(plan.pairs.shape).tolist(), regions, maps, axs):
         for o in item[:dls.n_inp]: ctx = o.show(ctx=ctx)
         targets = zip(*(o[dls.n_inp:] for o in (item,*rest)))
         captions = [show_mixed_target(shares, ys, ctx) if w else ys[0].show(ctx=ctx) and None for ys,w in zip(targets, weighed)]
+        if found is not None: lay_over(found, ctx)
         if region is not None: outline(region, ctx)
         if any(captions): ctx.set_title('\n'.join(fill(o, 26) for o in captions if o))
 
-# %% ../nbs/05_show.ipynb #cf537b1b
+# %% ../nbs/05_show.ipynb #e494f5ec
 @patch
 def show_mix(self:Learner,
     b:tuple=None, # Batch to mix, as the loader gives it; one of the training set by default
@@ -84,13 +99,14 @@ def show_mix(self:Learner,
     nrows:int=None, # Rows of the grid
     ncols:int=None, # Columns of the grid
     figsize:tuple=None, # Width and height of the picture, in inches
+    saliency:callable=None, # Lay this map of each partner over the picture, such as `spectral_residual`
 ):
     "Show a training batch as this learner's mixer will feed it to the network"
     mixers = self._grab_cbs(MixHandler)
     if not mixers: raise ValueError(
         'This learner has no mixer to show: give it one, as in learn.add_cb(MixUp(.4)), '
         'or show a mixer without a learner, as in MixUp(.4).show_mix(dls)')
-    mixers[0].show_mix(self.dls, b, max_n, nrows, ncols, figsize)
+    mixers[0].show_mix(self.dls, b, max_n, nrows, ncols, figsize, saliency)
 
 # %% ../nbs/05_show.ipynb #dde294ec
 def parts(

@@ -1,7 +1,7 @@
 "`check_mix`: what is right passes, each of the faults seen in the field is caught"
 import pytest, torch
 from fastai.callback.core import Callback
-from fastmix.callback import CutMix, FMix, GridMix, MixHandler, MixUp, OneOf, ResizeMix
+from fastmix.callback import CutMix, FMix, GridMix, MixHandler, MixUp, OneOf, ResizeMix, SaliencyMix
 from fastmix.check import check_losses, check_mix
 from fastmix.core import BlendPlan, CutPlan, draw_boxes, draw_lam
 from fastmix.mixes import Blend, Cut
@@ -10,6 +10,7 @@ mixers = [MixUp(1.), MixUp(1., fold=False), MixUp(.4, per_batch=True), MixUp(0),
 mixers += [OneOf(MixUp(.4), CutMix()), CutMix(min_side=.2, max_side=.6), ResizeMix(), ResizeMix(per_batch=True), FMix(), FMix(.5, per_batch=True)]
 mixers += [MixUp(1., k=3), MixUp(1., k=4, fold=False), MixUp(.4, per_batch=True, k=3)]
 mixers += [FMix(decay=1., fold=True), GridMix(), GridMix(cells=7, per_batch=True), OneOf(ResizeMix(), FMix(), GridMix())]
+mixers += [SaliencyMix(), SaliencyMix(.5, per_batch=True), SaliencyMix(fold=True)]
 
 @pytest.mark.parametrize('size', [(16,16), (1,9), (20,), (4,5,6)], ids=str)
 @pytest.mark.parametrize('kind', check_losses)

@@ -3,17 +3,16 @@ import pickle
 from functools import partial
 import numpy as np, pytest, torch
 from fastai.callback.core import Callback
-from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import SchedCos, SchedLin, SchedNo, combine_scheds
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import set_seed
 from torch import nn
 from torch.testing import assert_close
-from fastmix.callback import CutMix, CutMixUp, FMix, GridMix, MixHandler, MixUp, OneOf, ResizeMix
+from fastmix.callback import CutMix, CutMixUp, FMix, GridMix, MixUp, OneOf, ResizeMix
 from fastmix.check import check_losses, check_mix
 from fastmix.core import BlendPlan, CutPlan, JoinedPlan, Plan
 from fastmix.loss import MixLoss
-from fastmix.mixes import Blend, Choice, Cut, Mix, ResizeCut, Sometimes
+from fastmix.mixes import Blend, Choice, Cut, Mix, ResizeCut
 from helpers import Record, class_dls, mk_learn, quiet_fit
 
 each = partial(OneOf, per_batch=False)

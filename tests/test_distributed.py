@@ -1,5 +1,5 @@
 "`Learner.distrib_ctx` on two CPU processes with a mixer: the ranks stay in step, see different data and mix it differently"
-import os, subprocess, sys
+import os, socket, subprocess, sys
 import pytest, torch
 
 cases = 'plain','mixup'
@@ -8,7 +8,10 @@ cases = 'plain','mixup'
 def ranks(tmp_path_factory):
     "Run this file as a script in two processes, and return what each rank saved"
     out = tmp_path_factory.mktemp('distrib')
-    env = os.environ | dict(WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', GLOO_SOCKET_IFNAME='lo')
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    env = os.environ | dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', GLOO_SOCKET_IFNAME='lo')
     def start(r): return subprocess.Popen([sys.executable, __file__, str(out)], env=env | dict(RANK=r, LOCAL_RANK=r), **pipes)
     pipes = dict(text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     ps = [start(r) for r in '01']

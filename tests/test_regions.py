@@ -1,8 +1,8 @@
 "Regions other than the box of CutMix: share, place, and what is pasted"
 import numpy as np, pytest, torch, torch.nn.functional as F
 from fastai.vision.core import TensorImage
-from fastmix.core import draw_fourier_masks, draw_grid_masks, draw_inner_boxes, shrink_into
-from fastmix.mixes import Cut, FourierCut, GridCut, ResizeCut
+from fastmix.core import boxes_around, draw_fourier_masks, draw_grid_masks, draw_inner_boxes, peaks, shrink_into, spectral_residual
+from fastmix.mixes import Cut, FourierCut, GridCut, ResizeCut, SaliencyCut
 
 rng = np.random.default_rng(0)
 sizes = [(12,9), (1,16), (30,), (4,5,6)]
@@ -89,7 +89,7 @@ def test_boxes_keep_their_sides():
 def test_bad_settings_are_named(make):
     with pytest.raises(ValueError, match='(min_side and max_side|decay|cells) .* (is|are) '): make()
 
-@pytest.mark.parametrize('mix', [Cut(), ResizeCut(), FourierCut(), GridCut()], ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize('mix', [Cut(), ResizeCut(), FourierCut(), GridCut(), SaliencyCut()], ids=lambda o: type(o).__name__)
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64, torch.uint8], ids=str)
 def test_class_dtype_and_memory_format_survive(mix, dtype):
     x = TensorImage(torch.rand(8, 3, 12, 16)*200).to(dtype).contiguous(memory_format=torch.channels_last)
@@ -100,7 +100,53 @@ def test_class_dtype_and_memory_format_survive(mix, dtype):
     empty = x[:0]
     assert mix.draw(empty).mix(empty).shape==empty.shape
 
-@pytest.mark.parametrize('mix', [Cut(), ResizeCut(), FourierCut(), GridCut()], ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize('mix', [Cut(), ResizeCut(), FourierCut(), GridCut(), SaliencyCut()], ids=lambda o: type(o).__name__)
 def test_no_place_no_region(mix):
     with pytest.raises(ValueError, match='no place'): mix.draw(torch.rand(4, 10))
     with pytest.raises(ValueError, match='8 samples .* batch of 5'): mix.draw(torch.rand(8, 1, 6, 6)).mix(torch.rand(5, 1, 6, 6))
+
+# Saliency
+
+@pytest.mark.parametrize('size', [(40,60), (300,200), (80,), (12,30,20)], ids=str)
+def test_the_odd_thing_out_is_salient(size):
+    "A bright block on noise, at any size and rank; the box is around it and pasted from it"
+    x,at = torch.rand(6, 3, *size)*.3, torch.rand(6, len(size))*.8+.1
+    for o,a in zip(x, at): o[(...,*[slice(max(0, int(c*n-.06*n)), int(c*n+.06*n)+2) for c,n in zip(a, size)])] = 1
+    assert (peaks(spectral_residual(x))-at).abs().max() < .12
+    plan = SaliencyCut().draw(x)
+    mids,wide = plan.boxes.double()/torch.tensor(size), (1-plan.lam)>.05
+    inside = ((mids[:,0]-.12<=at[plan.idx]) & (at[plan.idx]<=mids[:,1]+.12)).all(1)
+    assert inside.all() and wide.any()
+
+def test_boxes_around_a_point():
+    "The share of all where nothing is clipped, and centred"
+    lam = torch.tensor([.9,.75,.5])
+    boxes = boxes_around(torch.full((3,2), .5), lam, (400,300))
+    share = boxes.diff(dim=1)[:,0].prod(1)/120_000
+    assert (share-(1-lam)).abs().max() < .01 and (boxes.double().mean(1)-torch.tensor([200.,150.])).abs().max() <= 1
+    assert boxes_around(torch.tensor([[0.,1.]]), torch.tensor([.75]), (40,40)).tolist()==[[[0,30],[10,40]]]
+
+def test_saliency_by_hand():
+    "The formula, with NumPy"
+    x = torch.rand(2, 1, 16, 16)
+    for o,got in zip(x[:,0].double().numpy(), spectral_residual(x, sigma=1.).double().numpy()):
+        z = np.fft.fft2(o)
+        log = np.log(np.abs(z)+1e-8)
+        local = sum(np.roll(log, (i,j), (0,1)) for i in (-1,0,1) for j in (-1,0,1))/9
+        s = np.abs(np.fft.ifft2(np.exp(log-local+1j*np.angle(z))))**2
+        d = np.minimum(np.arange(16), 16-np.arange(16))
+        g = np.exp(-(d[:,None]**2+d[None]**2)/2)
+        want = np.real(np.fft.ifft2(np.fft.fft2(s)*np.fft.fft2(g/g.sum())))
+        np.testing.assert_allclose(got, want, rtol=1e-2, atol=1e-5)
+
+def test_one_box_for_the_batch_and_maps_of_one_s_own():
+    x = torch.rand(5, 3, 20, 20)
+    plan = SaliencyCut(per_batch=True).draw(x)
+    assert plan.boxes.shape==(1,2,2) and plan.shares.shape==(1,2)
+    plan = SaliencyCut(saliency=lambda x: x.sum(1)).draw(x)
+    peak = torch.stack([torch.stack(torch.unravel_index(o.sum(0).argmax(), (20,20))) for o in x])[plan.idx]
+    assert ((plan.boxes[:,0]<=peak) & (peak<=plan.boxes[:,1])).all()
+    with pytest.raises(ValueError, match='saliency must give a map'): SaliencyCut(saliency=lambda x: x).draw(x)
+    with pytest.raises(TypeError, match='saliency must be a function'): SaliencyCut(saliency='spectral')
+    with pytest.raises(ValueError, match='no place'): SaliencyCut().draw(torch.rand(4, 10))
+    assert SaliencyCut(0).draw(x).mix(x) is x
