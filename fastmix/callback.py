@@ -199,7 +199,7 @@ class CutMix(MixHandler):
         **kwargs # For `MixHandler`
     ): super().__init__(Cut(alpha, per_batch, fold, min_side, max_side), **kwargs)
 
-# %% ../nbs/03_callback.ipynb #4b2b43cc
+# %% ../nbs/03_callback.ipynb #68e73efb
 class ResizeMix(MixHandler):
     "Shrink another sample of its batch into a box of each training sample: [ResizeMix](https://arxiv.org/abs/2012.11101)"
     @delegates(MixHandler)
@@ -210,6 +210,7 @@ class ResizeMix(MixHandler):
         **kwargs # For `MixHandler`
     ): super().__init__(ResizeCut(min_side, max_side, per_batch), **kwargs)
 
+# %% ../nbs/03_callback.ipynb #c0b35a71
 class SaliencyMix(MixHandler):
     "Paste the most salient box of another sample of its batch into each training sample: [SaliencyMix](https://arxiv.org/abs/2006.01791)"
     @delegates(MixHandler)
@@ -221,6 +222,7 @@ class SaliencyMix(MixHandler):
         **kwargs # For `MixHandler`
     ): super().__init__(SaliencyCut(alpha, saliency, per_batch, fold), **kwargs)
 
+# %% ../nbs/03_callback.ipynb #eb0eb397
 class FMix(MixHandler):
     "Paste regions of any shape of another sample of its batch into each training sample: [FMix](https://arxiv.org/abs/2002.12047)"
     @delegates(MixHandler)

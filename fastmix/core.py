@@ -18,9 +18,9 @@ from fastcore.basics import patch
 # %% auto #0
 __all__ = ['private_rng', 'check_alpha', 'draw_lam', 'draw_partners', 'derange', 'same_class', 'other_class', 'balanced',
            'near_target', 'unsqueeze_as', 'blend', 'plain', 'recycled', 'blend_partners', 'draw_boxes', 'box_mask',
-           'paste_mask', 'paste_boxes', 'spectral_residual', 'peaks', 'boxes_around', 'draw_grid_masks',
+           'paste_mask', 'paste_each', 'box_slices', 'spectral_residual', 'peaks', 'boxes_around', 'draw_grid_masks',
            'draw_fourier_masks', 'draw_inner_boxes', 'shrink_into', 'Plan', 'BlendPlan', 'draw_shares', 'BlendManyPlan',
-           'RegionPlan', 'CutPlan', 'ResizePlan', 'MaskPlan', 'JoinedPlan']
+           'RegionPlan', 'CutPlan', 'ResizePlan', 'MaskPlan', 'join_plans', 'JoinedPlan']
 
 # %% ../nbs/00_core.ipynb #1570cbb1
 def _rank():
@@ -269,28 +269,39 @@ def paste_mask(
     "`x1` where `mask` says so, and `x` elsewhere"
     return torch.where(mask.view(len(mask), *[1]*(x.ndim-mask.ndim), *mask.shape[1:]), x1, x)
 
-# %% ../nbs/00_core.ipynb #e469fc95
+# %% ../nbs/00_core.ipynb #51ee0ff6
 _bits = {1:torch.uint8, 2:torch.int16, 4:torch.int32, 8:torch.int64}
 
-def paste_boxes(
-    x:Tensor, # (bs, ..., *size) The samples
-    idx:Tensor, # (bs,), int64: the position of each sample's partner
-    boxes:Tensor, # (bs, 2, d), or (1, 2, d) for the whole batch, as from `draw_boxes`
-    size:tuple, # Shape of the picture, d numbers
-    src:Tensor=None, # (n, ..., *size) What `idx` are positions in; `x` by default
-) -> Tensor: # (bs, ..., *size), new memory, of `x`'s class, dtype and memory format
-    "`x`, with a box of each sample's partner pasted into it"
-    src = x if src is None else src
+def paste_each(
+    x:Tensor, # (n, ..., *size) The samples, and any beside them that are partners only
+    pairs:Tensor, # (bs, 2), int64: the positions of each sample and of its partner
+    places:list, # bs times where to paste: slices, or a mask (*size) as an array of bool
+) -> Tensor: # (bs, ..., *size), of `x`'s class, dtype and memory format; None where its memory is not a processor's, or needs a gradient
+    "Each sample, with its partner pasted into it in places"
     rows = _memory_rows(x, x.requires_grad) if x.element_size() in _bits else None
-    if rows is None: return paste_mask(x, src[idx], box_mask(boxes, size))
-    res = recycled(rows).copy_(rows).as_strided(x.shape, x.stride())
-    out,src = (o.view(_bits[x.element_size()]).numpy() for o in (res,plain(src.detach()).resolve_conj().resolve_neg()))
-    for o,j,ends in zip(out, idx.tolist(), boxes.clamp_min(0).expand(len(x), -1, -1).tolist()):
-        box = ...,*map(slice, *ends)
-        o[box] = src[j][box]
-    return _shaped(res, x)
+    if rows is None: return None
+    res = _shaped(recycled(rows[:len(pairs)]), x)
+    src,out = (plain(o.detach()).resolve_conj().resolve_neg().view(_bits[x.element_size()]).numpy() for o in (x,res))
+    for o,(i,j),place in zip(out, pairs.tolist(), places):
+        o[...] = src[i]
+        if isinstance(place, tuple): o[place] = src[j][place]
+        else: np.copyto(o, src[j], where=place)
+    return res
 
-# %% ../nbs/00_core.ipynb #a05d3fff
+def box_slices(
+    boxes:Tensor, # (n, 2, d), as from `draw_boxes`
+) -> list: # n times d slices, after an ellipsis
+    "Boxes as NumPy takes them"
+    return [(...,*map(slice, *o)) for o in boxes.tolist()]
+
+# %% ../nbs/00_core.ipynb #e27e8b9a
+def _gaussian(n, sigma, device):
+    "A matrix that smooths n values in a ring"
+    at = torch.arange(n, device=device)
+    d = (at[:,None]-at).abs()
+    g = (-torch.minimum(d, n-d).square()/(2*sigma**2)).exp()
+    return g/g.sum(0)
+
 def spectral_residual(
     x:Tensor, # (bs, channels, *size)
     largest:int=64, # Longest side of the small copy, in pixels
@@ -302,11 +313,11 @@ def spectral_residual(
     x = getattr(F, f'adaptive_avg_pool{len(size)}d')(plain(x.detach()).float().mean(1, keepdim=True), small)[:,0]
     dims = tuple(range(1, x.ndim))
     z = torch.fft.fftn(x, dim=dims)
-    log = local = (z.abs()+1e-8).log()
+    local = (z.abs()+1e-8).log()
     for d in dims: local = (local.roll(1, d) + local + local.roll(-1, d))/3
-    found = torch.fft.ifftn(torch.polar((log-local).exp(), z.angle()), dim=dims).abs().square()
-    f2 = sum(torch.fft.fftfreq(n, device=x.device).square().view(-1, *[1]*(len(small)-1-d)) for d,n in enumerate(small))
-    return torch.fft.ifftn(torch.fft.fftn(found, dim=dims) * (-2*(math.pi*sigma)**2*f2).exp(), dim=dims).real
+    found = torch.fft.ifftn(z * (-local).exp(), dim=dims).abs().square()   # exp(R + iP) = z exp(-L̄)
+    for d,n in zip(dims, small): found = (found.movedim(d, -1) @ _gaussian(n, sigma, x.device)).movedim(-1, d)
+    return found
 
 # %% ../nbs/00_core.ipynb #a19a4506
 def peaks(
@@ -326,7 +337,7 @@ def boxes_around(
     ends = torch.stack([centre-half, centre+half], 1).clamp(0, 1) * torch.tensor(size, device=centre.device)
     return ends.round().long()
 
-# %% ../nbs/00_core.ipynb #6ddb8b10
+# %% ../nbs/00_core.ipynb #db877f55
 def _highest(height, lam, rng):
     "Where `height` (..., n, *size) is highest: the share `1-lam` (..., n) of the places, rounded up or down at random"
     rows = height.reshape(lam.numel(), math.prod(height.shape[lam.ndim:]))
@@ -341,8 +352,9 @@ def draw_grid_masks(
     cells:int=4, # Cells along each side
 ) -> Tensor: # (..., n, *size), bool: paste here?
     "Draw cells of a grid, the share `1-lam` of all ([GridMix](https://doi.org/10.1016/j.patcog.2020.107594))"
-    grid = _highest(rng.random((*lam.shape, *[cells]*len(size))), lam, rng)
-    return grid[(..., *np.ix_(*[np.arange(n)*cells//n for n in size]))]
+    grid = _highest(rng.random((*lam.shape, *[cells]*len(size))), lam, rng).numpy()
+    for d,n in enumerate(size, lam.ndim): grid = grid.take(np.arange(n)*cells//n, d)
+    return torch.from_numpy(grid)
 
 # %% ../nbs/00_core.ipynb #7dd8c88e
 def _frequencies(size):
@@ -513,7 +525,7 @@ class BlendManyPlan(BlendPlan):
         own = torch.arange(idx.shape[-2], device=idx.device)[:,None].expand(*idx.shape[:-1], 1)
         self.shares,self.pairs = shares,torch.cat([own, idx], -1)
 
-# %% ../nbs/00_core.ipynb #e97a0596
+# %% ../nbs/00_core.ipynb #b8575d81
 class RegionPlan(BlendPlan):
     "Base class of the plans that paste a region of each sample's partner into it. `region` is its mask: (bs, *size), or (1, *size)"
     def __init__(self,
@@ -528,7 +540,13 @@ class RegionPlan(BlendPlan):
         x:Tensor, # (n, ..., *size)
     ) -> Tensor: # (bs, ..., *size)
         "What a subclass may override: each partner's region, pasted into its sample"
-        return paste_mask(self.own(x), x[self.idx], self.region)
+        _check_length(x, self)
+        res = paste_each(x, self.pairs, self.places()) if x.is_cpu else None
+        return paste_mask(self.own(x), x[self.idx], self.region) if res is None else res
+
+    def places(self) -> list: # For `paste_each`
+        "Where to paste, on a processor"
+        return self.region.expand(len(self.pairs), *self.size).numpy()
 
     def mix(self, x): return super().mix(x) if self.weighs(x) else self.paste(x)
 
@@ -544,7 +562,7 @@ class RegionPlan(BlendPlan):
             f'Can not cut a tensor of shape {tuple(y.shape)} along with pictures of size {self.size}: '
             'give it their size (and a channel dimension, for values along a signal), or blend the batch (`MixUp`) instead of cutting it.')
 
-# %% ../nbs/00_core.ipynb #1686f067
+# %% ../nbs/00_core.ipynb #7eea7d80
 class CutPlan(RegionPlan):
     "A `Plan` that pastes a box of each sample's partner into it"
     def __init__(self,
@@ -558,11 +576,22 @@ class CutPlan(RegionPlan):
 
     @property
     def region(self): return box_mask(self.boxes, self.size)
-    def paste(self, x): return paste_boxes(self.own(x), self.idx, self.boxes, self.size, x)
+    def places(self): return box_slices(self.boxes.expand(len(self.pairs), -1, -1))
 
 class ResizePlan(CutPlan):
     "A `Plan` that shrinks each sample's partner into a box"
-    def paste(self, x): return paste_mask(self.own(x), shrink_into(x[self.idx], self.boxes, self.size), self.region)
+    def paste(self, x):
+        _check_length(x, self)
+        large = x.is_cpu and x.nbytes>=2**16*len(x) and not torch.compiler.is_compiling()
+        if large and x.is_floating_point() and len(self.size)<4: return self.paste_each(x)
+        return paste_mask(self.own(x), shrink_into(x[self.idx], self.boxes, self.size), self.region)
+
+    def paste_each(self, x):
+        res,mode = torch.empty_like(x[:len(self.pairs)]),['linear','bilinear','trilinear'][len(self.size)-1]
+        for o,(i,j),box in zip(res, self.pairs.tolist(), box_slices(self.boxes.expand(len(self.pairs), -1, -1))):
+            o[...] = x[i]
+            if o[box].numel(): o[box] = F.interpolate(x[j].reshape(1, -1, *self.size), o[box].shape[-len(self.size):], mode=mode).view(o[box].shape)
+        return res
 
 class MaskPlan(RegionPlan):
     "A `Plan` that pastes what a mask shows of each sample's partner"
@@ -574,7 +603,17 @@ class MaskPlan(RegionPlan):
         self.region = region
         super().__init__(1 - region.flatten(-len(size)).float().mean(-1), idx, size)
 
-# %% ../nbs/00_core.ipynb #b600584a
+# %% ../nbs/00_core.ipynb #0e81b27d
+def join_plans(
+    parts:list, # (rows, plan): plans made by `take`, and which samples they are for, (m,), int64
+) -> Plan: # For all samples; the one that is simplest
+    "Put plans for some of the samples together"
+    res = JoinedPlan(parts)
+    if any(type(o) not in (Plan,BlendPlan,BlendManyPlan) for _,o in parts): return res
+    blended = BlendManyPlan(res.shares, res.pairs[:,1:])
+    blended.n = res.n
+    return blended
+
 class JoinedPlan(Plan):
     "A `Plan` that mixes some samples by one plan, others by another"
     def __init__(self,
@@ -589,7 +628,7 @@ class JoinedPlan(Plan):
     def take(self, rows):
         at = rows.new_full((len(self.pairs),), -1).index_copy_(0, rows, torch.arange(len(rows), device=rows.device))
         kept = [(at[old], plan, at[old]>=0) for old,plan in self.parts]
-        return JoinedPlan([(new[keep], plan.take(keep.nonzero()[:,0])) for new,plan,keep in kept if keep.any()])
+        return join_plans([(new[keep], plan.take(keep.nonzero()[:,0])) for new,plan,keep in kept if keep.any()])
 
     def padded(self, o, own): return torch.cat([o, own.expand(len(o), self.k-o.shape[1], *o.shape[2:])], 1)
 
@@ -604,7 +643,12 @@ class JoinedPlan(Plan):
             res.index_copy_(0, rows, o)
         return res
 
-    def mix(self, x): return self.join(lambda o: o.mix(x), torch.empty_like(self.own(x)))
+    def mix(self, x):
+        _check_length(x, self)
+        rows = _memory_rows(x, x.requires_grad)
+        res = torch.empty_like(x[:len(self.pairs)]) if rows is None else _shaped(recycled(rows[:len(self.pairs)]), x)
+        return self.join(lambda o: o.mix(x), res)
+
     def weighs(self, y): return any(o.weighs(y) for _,o in self.parts)
     def targets(self, y): return self.join(lambda o: self.padded(t := o.targets(y) if o.weighs(y) else o.mix(y)[:,None], t[:,:1]))
     def to(self, device):

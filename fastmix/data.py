@@ -10,7 +10,7 @@ from __future__ import annotations
 from fastai.vision.all import *
 
 # %% auto #0
-__all__ = ['digit_images', 'folder_images', 'corrupt_labels', 'image_dls', 'SecondLoader']
+__all__ = ['digit_images', 'photo_images', 'folder_images', 'corrupt_labels', 'image_dls', 'SecondLoader']
 
 # %% ../nbs/04_data.ipynb #944ae337
 def digit_images() -> tuple: # 1,797 arrays of (8,8,3), uint8, and as many labels, 'zero' to 'nine'
@@ -18,6 +18,16 @@ def digit_images() -> tuple: # 1,797 arrays of (8,8,3), uint8, and as many label
     from sklearn.datasets import load_digits
     d,words = load_digits(),'zero one two three four five six seven eight nine'.split()
     return list((d.images*255/16).round().astype(np.uint8)[...,None].repeat(3, -1)),[words[i] for i in d.target]
+
+# %% ../nbs/04_data.ipynb #d3c139a2
+def photo_images() -> tuple: # 8 arrays of (height,width,3), uint8, and as many labels
+    "Eight photographs of scikit-learn's and scikit-image's"
+    from skimage import data as d
+    from sklearn.datasets import load_sample_images
+    china,flower = load_sample_images().images
+    images = dict(astronaut=d.astronaut(), camera=d.camera(), cat=d.cat(), coffee=d.coffee(), dahlia=flower, galaxies=d.hubble_deep_field(),
+        rocket=d.rocket(), temple=china)
+    return [o if o.ndim==3 else o[...,None].repeat(3, -1) for o in images.values()],list(images)
 
 # %% ../nbs/04_data.ipynb #12de82f8
 def folder_images(

@@ -285,7 +285,7 @@ def check_weights(
 
 def _each_at(values, pct): return [_plain_number(o(pct)) if callable(o) else o for o in values]
 
-# %% ../nbs/01_mixes.ipynb #73e813f9
+# %% ../nbs/01_mixes.ipynb #6274feb6
 class Choice(Mix):
     "Mix each batch, or each sample, by one of `mixes`, chosen at random"
     def __init__(self,
@@ -315,7 +315,7 @@ class Choice(Mix):
         plans = {i: self.mixes[i].draw(x, per_batch, partners, bs) for i in np.unique(which)}
         if len(plans)==1: return first(plans.values())
         rows = {i: torch.from_numpy(np.flatnonzero(which==i)).to(x.device, non_blocking=True) for i in plans}
-        return JoinedPlan([(rows[i], plan.take(rows[i])) for i,plan in plans.items()])
+        return join_plans([(rows[i], plan.take(rows[i])) for i,plan in plans.items()])
 
 # %% ../nbs/01_mixes.ipynb #4cfcf60e
 def check_share(

@@ -19,14 +19,14 @@ from .callback import *
 # %% auto #0
 __all__ = ['mix_caption', 'show_mixed_target', 'outline', 'lay_over', 'parts']
 
-# %% ../nbs/05_show.ipynb #1052b047
+# %% ../nbs/05_show.ipynb #8087817a
 def mix_caption(
     shares:list, # Of the sample itself, and of its partners
     ys:list, # Their targets, decoded
 ) -> str: # Such as "0.72 cat + 0.28 dog"
     "The targets with their shares; for numbers the blend too"
     def words(o): return f'× {o:.3g}' if isinstance(o, float) else ' & '.join(map(str, o)) or '-' if is_listy(o) else str(o)
-    res = ' + '.join(f'{w:.2f} {words(y)}' for w,y in zip(shares, ys))
+    res = ' + '.join(f'{w:.2f} {words(y)}' for w,y in zip(shares, ys) if w)
     return f'{res} = {sum(w*y for w,y in zip(shares, ys)):.3g}' if isinstance(ys[0], float) else res
 
 # %% ../nbs/05_show.ipynb #9fbc5645
@@ -60,7 +60,7 @@ def lay_over(
     veil = .8*(1-(s/s.max().clamp_min(1e-12)).clamp(0,1).sqrt())
     ctx.imshow(torch.zeros_like(s), cmap='gray', alpha=veil.numpy(), extent=(left,right,bottom,top), interpolation='bilinear')
 
-# %% ../nbs/05_show.ipynb #4a75497a
+# %% ../nbs/05_show.ipynb #c861b869
 @patch
 def show_mix(self:MixHandler,
     dls:DataLoaders, # Where the batch comes from, and how it is decoded
@@ -89,7 +89,7 @@ def show_mix(self:MixHandler,
         captions = [show_mixed_target(shares, ys, ctx) if w else ys[0].show(ctx=ctx) and None for ys,w in zip(targets, weighed)]
         if found is not None: lay_over(found, ctx)
         if region is not None: outline(region, ctx)
-        if any(captions): ctx.set_title('\n'.join(fill(o, 26) for o in captions if o))
+        if any(captions): ctx.set_title('\n'.join(fill(o, 23) for o in captions if o))
 
 # %% ../nbs/05_show.ipynb #e494f5ec
 @patch
