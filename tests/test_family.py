@@ -39,8 +39,8 @@ class Losses(Callback):
         m = x.mean(1) if self.kind in ('masks','maps') else x.flatten(1).mean(1)
         both = torch.stack([1-m, m], 1)
         want = dict(classes=lambda: F.cross_entropy(pred, both), labels=lambda: F.binary_cross_entropy_with_logits(pred, both),
-            numbers=lambda: F.mse_loss(pred[:,0], m), masks=lambda: F.cross_entropy(pred.movedim(-1, 1), both), maps=lambda: F.mse_loss(pred[...,0], m))[self.kind]()
-        self.pairs.append((self.learn.loss.detach(), want))
+            numbers=lambda: F.mse_loss(pred[:,0], m), masks=lambda: F.cross_entropy(pred.movedim(-1, 1), both), maps=lambda: F.mse_loss(pred[...,0], m))
+        self.pairs.append((self.learn.loss.detach(), want[self.kind]()))
 
 def losses(mixer, kind):
     set_seed(1)
