@@ -275,7 +275,7 @@ class ScheduledValue(Metric):
     @property
     def name(self): return self._name
 
-# %% ../nbs/03_callback.ipynb #344ae756
+# %% ../nbs/03_callback.ipynb #a9f0c180
 class OneOf(MixHandler):
     "Mix each training batch, or each sample, by one of `mixers`, chosen at random"
     @delegates(MixHandler, but='p')
@@ -285,9 +285,9 @@ class OneOf(MixHandler):
         per_batch:bool=True, # One of them for the whole batch, instead of one for each sample?
         **kwargs # For `MixHandler`
     ):
-        def bare(m): return isinstance(m, MixHandler) and m.y_int is m.partners is None and not m.soft
+        def bare(m): return isinstance(m, MixHandler) and m.y_int is m.partners is None and not m.soft and type(m).feed is MixHandler.feed
         if not mixers or not all(m is None or bare(m) for m in mixers): raise ValueError(
-            f'OneOf takes mixers, as in OneOf(MixUp(.4), CutMix(1.)), and itself their partners, y_int and soft, but got {mixers}')
+            f'OneOf takes mixers of inputs, as in OneOf(MixUp(.4), CutMix(1.)), and itself their partners, y_int and soft, but got {mixers}')
         super().__init__(Choice([m.mix if m else Mix() for m in mixers], p, per_batch), **kwargs)
 
 # %% ../nbs/03_callback.ipynb #acb4b591

@@ -269,8 +269,18 @@ def paste_mask(
     "`x1` where `mask` says so, and `x` elsewhere"
     return torch.where(mask.view(len(mask), *[1]*(x.ndim-mask.ndim), *mask.shape[1:]), x1, x)
 
-# %% ../nbs/00_core.ipynb #51ee0ff6
+# %% ../nbs/00_core.ipynb #ec7b0f7a
 _bits = {1:torch.uint8, 2:torch.int16, 4:torch.int32, 8:torch.int64}
+
+def _chained(pairs):
+    "The order of `pairs` in which a sample's partner is the next sample, as far as that goes"
+    left,res = {i:n for n,(i,_) in enumerate(pairs)},[]
+    while left:
+        i = next(iter(left))
+        while i in left:
+            res.append(left.pop(i))
+            i = pairs[res[-1]][1]
+    return res
 
 def paste_each(
     x:Tensor, # (n, ..., *size) The samples, and any beside them that are partners only
@@ -282,7 +292,9 @@ def paste_each(
     if rows is None: return None
     res = _shaped(recycled(rows[:len(pairs)]), x)
     src,out = (plain(o.detach()).resolve_conj().resolve_neg().view(_bits[x.element_size()]).numpy() for o in (x,res))
-    for o,(i,j),place in zip(out, pairs.tolist(), places):
+    pairs = pairs.tolist()
+    for n in _chained(pairs):
+        o,place,(i,j) = out[n],places[n],pairs[n]
         o[...] = src[i]
         if isinstance(place, tuple): o[place] = src[j][place]
         else: np.copyto(o, src[j], where=place)

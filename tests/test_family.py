@@ -29,7 +29,7 @@ on_classes,on_numbers = {'classes'},{'labels','numbers','maps'}
 partners = dict(shuffle=(None,set(check_losses)), derange=(derange,set(check_losses)), same_class=(same_class,on_classes), other_class=(other_class,on_classes),
     balanced=(balanced,on_classes), near_target=(near_target,on_numbers), own=(next_one,set(check_losses)), second=(second,set(check_losses)))
 
-class Losses(Callback):
+class Compare(Callback):
     "The loss of each batch, and that of what the network was shown"
     order = 50
     def __init__(self, kind): self.kind,self.pairs = kind,[]
@@ -47,7 +47,7 @@ def losses(mixer, kind):
     items = pictures(kind, 32, 3)
     shape = 8,*(size if kind in ('masks','maps') else ()),1 if kind in ('numbers','maps') else 2
     learn = Learner(DataLoaders.from_dsets(items, items, bs=8, num_workers=0, device='cpu'), Answer(torch.randn(shape)), check_losses[kind], opt_func=SGD)
-    with learn.no_bar(),learn.no_logging(): learn.fit(1, lr=.1, cbs=[mixer, seen := Losses(kind)])
+    with learn.no_bar(),learn.no_logging(): learn.fit(1, lr=.1, cbs=[mixer, seen := Compare(kind)])
     return seen.pairs
 
 @pytest.mark.parametrize('kind', check_losses)

@@ -12,6 +12,7 @@ from fastai.vision.learner import create_body, create_vision_model
 from torch import nn
 from torch.testing import assert_close
 from torchvision.models import densenet121, vgg11
+from fastmix.callback import OneOf
 from fastmix.core import other_class
 from fastmix.data import SecondLoader
 from fastmix.manifold import ManifoldMixUp, find_layers, stages
@@ -149,3 +150,6 @@ def test_set_seed_repeats():
         quiet_fit(learn, 3)
         runs.append(see.layers)
     assert runs[0]==runs[1] and len(set(runs[0]))==3
+
+def test_one_of_mixes_inputs():
+    with pytest.raises(ValueError, match='mixers of inputs'): OneOf(ManifoldMixUp(), None)
