@@ -22,7 +22,7 @@ from .loss import *
 __all__ = ['MixHandler', 'check_batch', 'MixUp', 'CutMix', 'ResizeMix', 'SaliencyMix', 'FMix', 'GridMix', 'ScheduledValue',
            'OneOf', 'CutMixUp']
 
-# %% ../nbs/03_callback.ipynb #c655285e
+# %% ../nbs/03_callback.ipynb #951fa651
 class MixHandler(Callback):
     "Mix training batches, and their loss, by `mix`; validation, prediction and export see the learner's own loss"
     run_valid,_stateattrs = False,('plan','mix_loss')
@@ -30,7 +30,7 @@ class MixHandler(Callback):
     def __init__(self,
         mix:Mix, # How to mix
         p:float=1., # Share of the samples to mix (of the batches, if `mix` is per batch), or a function of the share of training that is done
-        until:float=1., # Leave all alone after this share of the training
+        until:float=1., # Leave all alone after this share of each fit
         partners=None, # Who meets whom: a function such as `derange`, or a `SecondLoader`; the batch, shuffled, by default
         y_int:bool=None, # Mix the losses (True) or the targets (False)? Else as the loss and the target's type say
         soft:bool=False, # Hand the loss probabilities, one-hot and mixed, instead of mixing losses?

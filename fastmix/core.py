@@ -574,7 +574,7 @@ class RegionPlan(BlendPlan):
             f'Can not cut a tensor of shape {tuple(y.shape)} along with pictures of size {self.size}: '
             'give it their size (and a channel dimension, for values along a signal), or blend the batch (`MixUp`) instead of cutting it.')
 
-# %% ../nbs/00_core.ipynb #7eea7d80
+# %% ../nbs/00_core.ipynb #0e096451
 class CutPlan(RegionPlan):
     "A `Plan` that pastes a box of each sample's partner into it"
     def __init__(self,
@@ -594,15 +594,13 @@ class ResizePlan(CutPlan):
     "A `Plan` that shrinks each sample's partner into a box"
     def paste(self, x):
         _check_length(x, self)
-        large = x.is_cpu and x.nbytes>=2**16*len(x) and not torch.compiler.is_compiling()
-        if large and x.is_floating_point() and len(self.size)<4: return self.paste_each(x)
-        return paste_mask(self.own(x), shrink_into(x[self.idx], self.boxes, self.size), self.region)
-
-    def paste_each(self, x):
-        res,mode = torch.empty_like(x[:len(self.pairs)]),['linear','bilinear','trilinear'][len(self.size)-1]
-        for o,(i,j),box in zip(res, self.pairs.tolist(), box_slices(self.boxes.expand(len(self.pairs), -1, -1))):
-            o[...] = x[i]
-            if o[box].numel(): o[box] = F.interpolate(x[j].reshape(1, -1, *self.size), o[box].shape[-len(self.size):], mode=mode).view(o[box].shape)
+        worth = x.is_floating_point() and x.nbytes>=2**16*len(x) and len(self.size)<4
+        rows = _memory_rows(x, x.requires_grad) if worth else None
+        if rows is None: return paste_mask(self.own(x), shrink_into(x[self.idx], self.boxes, self.size), self.region)
+        res,src,mode = _shaped(recycled(rows[:len(self.pairs)]), x),plain(x.detach()),['linear','bilinear','trilinear'][len(self.size)-1]
+        for o,(i,j),box in zip(plain(res).unbind(), self.pairs.tolist(), self.places()):
+            o.copy_(src[i])
+            if o[box].numel(): o[box] = F.interpolate(src[j].reshape(1, -1, *self.size), o[box].shape[-len(self.size):], mode=mode).view(o[box].shape)
         return res
 
 class MaskPlan(RegionPlan):

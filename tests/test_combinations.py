@@ -1,5 +1,6 @@
 "Mixers by turns, batch by batch or sample by sample, and hyper-parameters that change in the course of training"
 import pickle
+from copy import deepcopy
 from functools import partial
 import numpy as np, pytest, torch
 from fastai.callback.core import Callback
@@ -12,7 +13,7 @@ from fastmix.callback import CutMix, CutMixUp, FMix, GridMix, MixUp, OneOf, Resi
 from fastmix.check import check_losses, check_mix
 from fastmix.core import BlendPlan, CutPlan, JoinedPlan, Plan
 from fastmix.loss import MixLoss
-from fastmix.mixes import Blend, Choice, Cut, Mix, ResizeCut
+from fastmix.mixes import Blend, Choice, Cut, Mix, ResizeCut, Sometimes
 from helpers import Record, class_dls, mk_learn, quiet_fit
 
 each = partial(OneOf, per_batch=False)
@@ -164,6 +165,14 @@ def test_pickles():
     mixer = pickle.loads(pickle.dumps(OneOf(MixUp(SchedCos(1., .1)), None, p=[SchedLin(1, 0), 1], until=.9)))
     alphas(mixer, 1)
     assert len(mixer.hps['alpha0'])==4
+
+@pytest.mark.parametrize('copied', [lambda o: pickle.loads(pickle.dumps(o)), deepcopy])
+def test_a_schedule_that_does_not_pickle_goes_as_a_table(copied):
+    "Such as fastai's own combination, which an exported learner would stumble over"
+    sched = combine_scheds([.5,.5], [SchedNo(.4, .4), SchedLin(.4, 0)])
+    mix,same = Choice([Blend(sched), Mix()], p=[lambda pct: 1+pct, 1]), Sometimes(Blend(sched), until=.7)
+    for a,b in (mix,copied(mix)), (same,copied(same)):
+        for pct in (0., .31, .5, .69, .7, .731, 1.): assert a.at(pct)==pytest.approx(b.at(pct), abs=1e-3)
 
 def test_cutmixup():
     kinds = [type(CutMixUp(cut_p=p).mix.draw(torch.rand(4, 1, 5, 5))) for p in (0., 1.)]

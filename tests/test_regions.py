@@ -150,3 +150,13 @@ def test_one_box_for_the_batch_and_maps_of_one_s_own():
     with pytest.raises(TypeError, match='saliency must be a function'): SaliencyCut(saliency='spectral')
     with pytest.raises(ValueError, match='no place'): SaliencyCut().draw(torch.rand(4, 10))
     assert SaliencyCut(0).draw(x).mix(x) is x
+
+@pytest.mark.parametrize('mix', [Cut(), ResizeCut(), FourierCut(), SaliencyCut()], ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize('size', [(12,16), (150,160)], ids=str)
+def test_gradients_go_back_through_a_region(mix, size):
+    "Each pixel's gradient to where it came from: what is there of all samples sums to what is there of the mixture"
+    x = torch.rand(6, 3, *size, requires_grad=True)
+    plan = mix.draw(x)
+    plan.mix(x).sum().backward()
+    assert x.grad.sum().item()==pytest.approx(x.numel(), rel=1e-4)
+    assert torch.allclose(plan.mix(x), plan.mix(x.detach()), atol=1e-4)
