@@ -22,7 +22,7 @@ from .loss import *
 __all__ = ['MixHandler', 'check_batch', 'MixUp', 'CutMix', 'ResizeMix', 'SaliencyMix', 'FMix', 'GridMix', 'ScheduledValue',
            'OneOf', 'CutMixUp']
 
-# %% ../nbs/03_callback.ipynb #951fa651
+# %% ../nbs/03_callback.ipynb #38dc7ef3
 class MixHandler(Callback):
     "Mix training batches, and their loss, by `mix`; validation, prediction and export see the learner's own loss"
     run_valid,_stateattrs = False,('plan','mix_loss')
@@ -53,8 +53,8 @@ class MixHandler(Callback):
             f'{" and ".join(map(repr, mixers))} would mix what the other has mixed: combine them, '
             'as in cbs=OneOf(MixUp(.4), CutMix(1.)), or remove one with learn.remove_cb')
         self.mix.reseed()
-        self.schedule_columns()
         if hasattr(self.partners, 'begin'): self.partners.begin(self.learn.dls.train, self.mix.rng)
+        self.schedule_columns()
 
     def before_train(self):
         "Put a `MixLoss` around the learner's loss"
@@ -62,7 +62,14 @@ class MixHandler(Callback):
         self.mix_loss = self.learn.loss_func
 
     def before_batch(self):
-        "Draw a `Plan`, mix `xb` by it, and arm the loss with it"
+        "Draw a `Plan`, mix `xb` by it, and arm the loss with it; a batch that can't be mixed leaves the learner as it was"
+        try: self.mix_batch()
+        except Exception:
+            self.own_loss()
+            self.own_metrics()
+            raise
+
+    def mix_batch(self):
         self.before_train()   # another callback may have changed the loss since
         for name,value in self.mix.at(getattr(self.learn, 'pct_train', 0.)).items(): self.hps.setdefault(name, []).append(value)
         self.plan,target_plan,xb,yb = self.draw(self.learn.xb, self.learn.yb)

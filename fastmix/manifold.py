@@ -57,7 +57,7 @@ def find_layers(
     if res: return res
     raise ValueError(f'layers must name what to mix behind, but it is {layers!r}')
 
-# %% ../nbs/08_manifold.ipynb #52fb7d54
+# %% ../nbs/08_manifold.ipynb #cf86c604
 class ManifoldMixUp(MixUp):
     "Blend what a layer, drawn for each batch, makes of each training sample with what it makes of another: [manifold mixup](https://arxiv.org/abs/1806.05236)"
     hooks = ()
@@ -71,14 +71,16 @@ class ManifoldMixUp(MixUp):
         self.layers = None if layers is None else [layers] if isinstance(layers, (str,nn.Module)) else list(layers)
 
     def before_fit(self):
-        super().before_fit()
+        "Find the layers, and begin"
         model = get_model(self.learn.model)
         names = stages(model) if self.layers is None else self.layers
         if not names and self.layers is None: raise ValueError(
             f'There is no telling where a {type(model).__name__} can be mixed: name layers, of {", ".join(name for name,_ in model.named_modules() if name and name.count(".")<2)}')
         self.found = find_layers(model, names)
+        super().before_fit()
 
     def feed(self, xb):
+        "The input, mixed, or as it is, with a hook on the layer that is drawn"
         choices = list(self.found.items())
         if self.layers is None and all(x.is_floating_point() for x in xb): choices = [('input',None),*choices]
         self.layer,module = choices[int(self.mix.rng.integers(len(choices)))]

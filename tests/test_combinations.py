@@ -6,13 +6,16 @@ import numpy as np, pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.schedule import SchedCos, SchedLin, SchedNo, combine_scheds
 from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from torch import nn
 from torch.testing import assert_close
 from fastmix.callback import CutMix, CutMixUp, FMix, GridMix, MixUp, OneOf, ResizeMix
 from fastmix.check import check_losses, check_mix
-from fastmix.core import BlendPlan, CutPlan, JoinedPlan, Plan
+from fastmix.core import BlendPlan, CutPlan, JoinedPlan, Plan, same_class
+from fastmix.data import SecondLoader
 from fastmix.loss import MixLoss
+from fastmix.manifold import ManifoldMixUp
 from fastmix.mixes import Blend, Choice, Cut, Mix, ResizeCut, Sometimes
 from helpers import Record, class_dls, mk_learn, quiet_fit
 
@@ -179,3 +182,20 @@ def test_cutmixup():
     assert kinds==[BlendPlan,CutPlan]
     m = CutMixUp(cut_p=SchedLin(0, 1)).mix
     assert m.at(.25)=={'p0':.75, 'p1':.25}
+
+def bad_partners(xb, yb, rng): return torch.full((len(xb[0]),), 99)
+
+@pytest.mark.parametrize('options', [dict(partners=bad_partners), dict(partners=same_class, mixer=CutMix), dict(mixer=ManifoldMixUp, layers='nowhere'),
+    dict(partners=SecondLoader([])), dict(partners=SecondLoader([(torch.rand(4, 7), torch.zeros(4).long())]))], ids=lambda o: '-'.join(o))
+@pytest.mark.parametrize('for_this_fit', [False,True])
+def test_a_refusal_leaves_the_learner_as_it_was(options, for_this_fit):
+    "At once, not only when the next event comes"
+    options = dict(options)
+    mixer = options.pop('mixer', MixUp)(SchedLin(1., 0.), **options)
+    learn = mk_learn(class_dls(), cbs=None if for_this_fit else mixer, metrics=[accuracy])
+    learn.logger = Rows()
+    own,weights = learn.loss_func,[p.clone() for p in learn.model.parameters()]
+    with pytest.raises(ValueError): learn.fit(1, cbs=[mixer]*for_this_fit)
+    assert learn.loss_func is own and learn.metrics.attrgot('name')==['accuracy']
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in learn.model.modules())
+    assert all(map(torch.equal, weights, learn.model.parameters()))
