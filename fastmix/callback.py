@@ -22,7 +22,7 @@ from .loss import *
 __all__ = ['MixHandler', 'check_batch', 'MixUp', 'CutMix', 'ResizeMix', 'SaliencyMix', 'FMix', 'GridMix', 'ScheduledValue',
            'OneOf', 'CutMixUp']
 
-# %% ../nbs/03_callback.ipynb #38dc7ef3
+# %% ../nbs/03_callback.ipynb #3a1f2f68
 class MixHandler(Callback):
     "Mix training batches, and their loss, by `mix`; validation, prediction and export see the learner's own loss"
     run_valid,_stateattrs = False,('plan','mix_loss')
@@ -62,19 +62,12 @@ class MixHandler(Callback):
         self.mix_loss = self.learn.loss_func
 
     def before_batch(self):
-        "Draw a `Plan`, mix `xb` by it, and arm the loss with it; a batch that can't be mixed leaves the learner as it was"
+        "Mix the batch; one that can't be mixed leaves the learner as it was"
         try: self.mix_batch()
         except Exception:
             self.own_loss()
             self.own_metrics()
             raise
-
-    def mix_batch(self):
-        self.before_train()   # another callback may have changed the loss since
-        for name,value in self.mix.at(getattr(self.learn, 'pct_train', 0.)).items(): self.hps.setdefault(name, []).append(value)
-        self.plan,target_plan,xb,yb = self.draw(self.learn.xb, self.learn.yb)
-        xb = self.feed(xb)
-        self.learn.xb,self.learn.yb = xb,self.mix_loss.arm(target_plan, yb)
 
     def after_pred(self):
         "Check that the targets are still those that the batch was mixed with"
@@ -102,6 +95,16 @@ class MixHandler(Callback):
         self.own_metrics()
         if self.hps and hasattr(self.learn, 'param_scheduler'): self.learn.param_scheduler.hps.update(self.hps)
         elif self.hps and hasattr(self.learn, 'recorder'): self.learn.recorder.hps = self.hps
+
+# %% ../nbs/03_callback.ipynb #bc4e183e
+@patch
+def mix_batch(self:MixHandler):
+    "Draw a `Plan`, mix `xb` by it, and arm the loss with it"
+    self.before_train()   # another callback may have changed the loss since
+    for name,value in self.mix.at(getattr(self.learn, 'pct_train', 0.)).items(): self.hps.setdefault(name, []).append(value)
+    self.plan,target_plan,xb,yb = self.draw(self.learn.xb, self.learn.yb)
+    xb = self.feed(xb)
+    self.learn.xb,self.learn.yb = xb,self.mix_loss.arm(target_plan, yb)
 
 # %% ../nbs/03_callback.ipynb #434f08b6
 @patch
