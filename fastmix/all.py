@@ -1,6 +1,7 @@
 from fastmix.core import *
 from fastmix.mixes import *
 from fastmix.loss import *
+from fastmix.codes import *
 from fastmix.callback import *
 from fastmix.data import *
 from fastmix.show import *

@@ -57,10 +57,9 @@ def find_layers(
     if res: return res
     raise ValueError(f'layers must name what to mix behind, but it is {layers!r}')
 
-# %% ../nbs/08_manifold.ipynb #cf86c604
+# %% ../nbs/08_manifold.ipynb #bf6732f8
 class ManifoldMixUp(MixUp):
     "Blend what a layer, drawn for each batch, makes of each training sample with what it makes of another: [manifold mixup](https://arxiv.org/abs/1806.05236)"
-    hooks = ()
     @delegates(MixUp)
     def __init__(self,
         alpha:float=.4, # λ comes from Beta(`alpha`,`alpha`); the paper took 2 for very long trainings; 0 is off
@@ -90,17 +89,12 @@ class ManifoldMixUp(MixUp):
 
     def after_pred(self):
         "Check that the layer was reached, and that the targets are still those that the batch was mixed with"
-        missed = bool(self.hooks)
-        self.unhook()
-        if missed: raise RuntimeError(f'The model did not reach its layer {self.layer}, so that this batch was not mixed: name other layers')
+        if self.hooks and not self.codes:
+            self.unhook()
+            raise RuntimeError(f'The model did not reach its layer {self.layer}, so that this batch was not mixed: name other layers')
         super().after_pred()
 
-    def own_loss(self):
-        "Put the learner's own loss back, and take the hooks away"
-        self.unhook()
-        super().own_loss()
-
-# %% ../nbs/08_manifold.ipynb #e74de038
+# %% ../nbs/08_manifold.ipynb #c3ff8eb0
 @patch
 def hook(self:ManifoldMixUp,
     module:nn.Module, # To mix behind
@@ -115,9 +109,3 @@ def hook(self:ManifoldMixUp,
         if isinstance(h, Tensor): return plan.mix(h)
         raise TypeError(f'The layer {layer} gives a {type(h).__name__}, but only a tensor can be mixed: name other layers')
     self.hooks = self.learn.model.register_forward_pre_hook(entered),module.register_forward_hook(mixed)
-
-@patch
-def unhook(self:ManifoldMixUp):
-    "Take the hooks away"
-    for o in self.hooks: o.remove()
-    self.hooks = ()

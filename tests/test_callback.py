@@ -127,9 +127,7 @@ def test_alpha_zero_trains_bit_for_bit_like_no_mixer():
 def test_bad_alpha(cb, alpha):
     with pytest.raises(ValueError, match=f'alpha.*{alpha!r}'): cb(alpha)
 
-def test_tokens_boxes_and_points_are_refused():
-    ints = mk_dls([torch.randint(0, 9, (16, 6))], [torch.randint(0, 4, (16,))])
-    with pytest.raises(TypeError, match='int64'): quiet_fit(mk_learn(ints, nn.Embedding(9, 4), cbs=MixUp()))
+def test_points_are_not_cut():
     pts = mk_dls([torch.rand(16, 3, 6, 6)], [TensorPoint(torch.rand(16, 2, 2))])
     with pytest.raises(ValueError, match='MixUp'): quiet_fit(mk_learn(pts, nn.Conv2d(3, 4, 1), MSELossFlat(), cbs=CutMix()))
 

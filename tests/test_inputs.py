@@ -1,0 +1,275 @@
+"Every kind of input: what the model reads is the mixture of what it reads of each sample"
+from collections import UserDict, namedtuple
+from collections.abc import Mapping
+import pytest, torch, torch.nn.functional as F
+from fastai.callback.core import Callback
+from fastai.callback.rnn import RNNCallback
+from fastai.collab import EmbeddingDotBias
+from fastai.losses import MSELossFlat
+from fastai.tabular.model import TabularModel
+from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_clas_config
+from fastai.text.models.core import get_text_classifier, masked_concat_pool
+from torch import nn
+from torch.testing import assert_close
+from fastmix.callback import CutMix, MixUp, OneOf
+from fastmix.codes import mix_codes, paddings
+from fastmix.core import BlendPlan, derange
+from fastmix.data import SecondLoader
+from fastmix.mixes import Blend
+from helpers import Record, mk_dls, mk_learn, quiet_fit
+
+g = torch.Generator().manual_seed(0)
+def ints(high, *shape, low=0): return torch.randint(low, high, shape, generator=g)
+def floats(*shape): return torch.randn(*shape, generator=g)
+y = ints(2, 32)
+mixers = [MixUp(1.), MixUp(1., k=3), MixUp(1., per_batch=True), MixUp(1., p=.5), OneOf(MixUp(1.), MixUp(.1, k=4), None, per_batch=False)]
+
+def by_share(plan, f):
+    "Σ shares × f(sample), sample by sample"
+    return torch.stack([sum(w*f(int(j)) for w,j in zip(ws, js)) for ws,js in zip(plan.shares.expand(plan.pairs.shape), plan.pairs)])
+
+def soft_loss(b, c=2): return F.cross_entropy(b['pred'].detach(), by_share(b['plan'], lambda j: F.one_hot(b['loader_y'][j], c).float()))
+
+class Record(Record):
+    "Keeps the targets as they came, since mixed ones may be in another order"
+    def before_batch(self): self.batches.append(dict(loader_x=self.learn.xb, loader_y=self.learn.yb[0]))
+
+def fit(dls, model, mixer, loss_func=None, n_epoch=2, cbs=()):
+    learn = quiet_fit(mk_learn(dls, model, loss_func, cbs=[mixer, record := Record(), *cbs]), n_epoch, lr=0.)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in learn.model.modules())
+    return record.batches
+
+# Tables
+
+@pytest.mark.parametrize('mixer', mixers, ids=repr)
+@pytest.mark.parametrize('n_cont', [0,3])
+def test_tables(mixer, n_cont):
+    "The network taken apart by hand: embeddings and numbers of each sample, blended, and then its layers"
+    sizes = [(3,2),(7,4)]
+    cat = torch.stack([ints(n, 32) for n,_ in sizes], 1)
+    xs = [cat,floats(32, n_cont)] if n_cont else [cat]
+    model = TabularModel(sizes, n_cont, 2, [9,5], bn_cont=False, use_bn=False)
+    for b in fit(mk_dls(xs, [y], n_inp=len(xs)), model, mixer):
+        xb = b['loader_x']
+        h = by_share(b['plan'], lambda j: torch.cat([*(e.weight[xb[0][j,i]] for i,e in enumerate(model.embeds)), *(x[j] for x in xb[1:])]))
+        assert_close(b['pred'], model.layers(h))
+        assert_close(b['loss'], soft_loss(b))
+
+def test_gradients_reach_the_vectors_of_both():
+    emb,x = nn.Embedding(12, 3),torch.arange(12)[:,None]
+    plan = BlendPlan(torch.tensor([.9,.6]), torch.tensor([7,8]))
+    plan.n = 12
+    emb(mix_codes(plan, x)).sum().backward()
+    want = torch.zeros(12)
+    want[[0,1,7,8]] = torch.tensor([.9,.6,.1,.4])
+    assert_close(emb.weight.grad, want[:,None].expand(12, 3))
+
+def test_recommendations():
+    "Two columns, four embeddings"
+    users = torch.stack([ints(9, 32), ints(5, 32)], 1)
+    model = EmbeddingDotBias(4, 9, 5, (0,1))
+    target = torch.rand(32, generator=g)
+    for b in fit(mk_dls([users], [target]), model, MixUp(1.), MSELossFlat()):
+        x = b['loader_x'][0]
+        u,i,ub,ib = (by_share(b['plan'], lambda j: e.weight[x[j,c]]) for e,c in ((model.u_weight,0),(model.i_weight,1),(model.u_bias,0),(model.i_bias,1)))
+        assert_close(b['pred'], torch.sigmoid((u*i).sum(1) + ub[:,0] + ib[:,0]))
+        assert_close(b['loss'], F.mse_loss(b['pred'].detach(), by_share(b['plan'], lambda j: b['loader_y'][j])))
+
+class Offsets(nn.Module):
+    "One embedding for all columns, and another by an index of its own making"
+    def __init__(self):
+        super().__init__()
+        self.emb,self.pos,self.out = nn.Embedding(10, 4),nn.Embedding(8, 4),nn.Linear(4, 2)
+        self.register_buffer('offsets', torch.tensor([0,3,6]))
+    def forward(self, x):
+        e = self.emb(x.long() + self.offsets)
+        return self.out((e + self.pos(torch.arange(x.shape[1]))).mean(1)) + self.pos(torch.arange(8)).mean()   # as many as a batch has
+
+@pytest.mark.parametrize('dtype', [torch.int64, torch.int32, torch.int8], ids=str)
+def test_offsets_and_positions(dtype):
+    model = Offsets()
+    for b in fit(mk_dls([ints(3, 32, 3).to(dtype)], [y]), model, MixUp(1.)):
+        x = b['loader_x'][0].long()
+        h = by_share(b['plan'], lambda j: model.emb.weight[x[j]+model.offsets]) + model.pos.weight[:3]
+        assert_close(b['pred'], model.out(h.mean(1)) + model.pos.weight.mean())
+
+# Texts
+
+def texts(bptt=5, n=32):
+    "Padded as fastai pads: in front by whole pieces, behind by the rest of one; long ones first in each batch"
+    tokens = torch.ones(n, 4*bptt, dtype=torch.int64)
+    for i in range(n): tokens[i, bptt*(i%8//2):4*bptt-i%3] = ints(50, 4*bptt-i%3-bptt*(i%8//2), low=2)
+    return tokens
+
+def classifier(drop_mult=1., **kwargs):
+    "A small one; without dropout: 1e-9, since fastai's `WeightDropout` fails at 0"
+    config = awd_lstm_clas_config | dict(emb_sz=10, n_hid=12, n_layers=2)
+    return get_text_classifier(AWD_LSTM, 50, 2, seq_len=5, config=config, drop_mult=drop_mult, **kwargs)
+
+def alone(model, embedded, bptt):
+    "The classifier on one text without padding: piece by piece, then pooled"
+    enc,head = model
+    enc.reset()
+    out = torch.cat([enc.module(o[None], from_embeds=True) for o in embedded.split(bptt)], 1)
+    return head.layers(masked_concat_pool(out, torch.zeros(out.shape[:2], dtype=torch.bool), bptt))[0]
+
+@pytest.mark.parametrize('mixer', mixers, ids=repr)
+def test_texts(mixer):
+    "Mixtures as long as the longest of their parts; each read alone, without padding"
+    bptt = 5
+    model = classifier(1e-9, lin_ftrs=[], ps=[])
+    model[1].layers = nn.Linear(30, 2)
+    emb = model[0].module.encoder.weight
+    for b in fit(mk_dls([texts(bptt)], [y], shuffle=False), model, mixer, cbs=[RNNCallback()], n_epoch=1):
+        x = b['loader_x'][0]
+        assert_close(b['loss'], soft_loss(b))
+        mixed = by_share(b['plan'], lambda j: emb[x[j]])
+        for i in range(8):
+            used = (b['plan'].shares.expand(b['plan'].pairs.shape)[i]>0)
+            real = (x[b['plan'].pairs[i][used]]!=1).any(0)
+            assert_close(b['pred'][i], alone(model, mixed[i][real], bptt), rtol=1e-4, atol=1e-5)
+
+def test_texts_are_learned():
+    tokens = texts()
+    label = (tokens==7).any(1).long()
+    learn = quiet_fit(mk_learn(mk_dls([tokens], [label]), classifier(), cbs=[MixUp(.4), RNNCallback()]), 2)
+    learn.validate()
+    assert learn.get_preds()[0].shape==(32,2)
+
+def test_tokens_dropped_are_dropped_for_all_parts():
+    "The same vocabulary is dropped for a sample and its partners"
+    drop = classifier()[0].module.encoder_dp
+    drop.embed_p = .5
+    x = ints(50, 8, 6, low=2)
+    plan = Blend(1.).draw(x)
+    torch.manual_seed(3)
+    got = drop(mix_codes(plan, x))
+    torch.manual_seed(3)
+    e = drop(x)
+    assert_close(got, by_share(plan, lambda j: e[j]))
+
+# Several inputs, and nests of them
+
+class Siamese(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body,self.out = nn.Sequential(nn.Flatten(), nn.Linear(3*5*4, 6)),nn.Linear(12, 2)
+    def read(self, a, b): return self.out(torch.cat([self.body(a), self.body(b)], 1))
+    def forward(self, x, *rest): return self.read(x, *rest) if rest else self.read(*(x.values() if isinstance(x, Mapping) else x))
+
+Pair = namedtuple('Pair', 'a b')
+nests = dict(two=lambda a,b: (a,b), tuple=lambda a,b: ((a,b),), list=lambda a,b: ([a,b],), named=lambda a,b: (Pair(a,b),),
+    dict=lambda a,b: (dict(a=a, b=b),), mapping=lambda a,b: (UserDict(a=a, b=b),))
+
+class Nest(Callback):
+    order = -3
+    def __init__(self, nest): self.nest = nest
+    def before_batch(self): self.learn.xb = self.nest(*self.learn.xb)
+
+@pytest.mark.parametrize('mixer', [MixUp(1.), CutMix(), MixUp(1., partners=derange)], ids=repr)
+@pytest.mark.parametrize('nest', nests.values(), ids=nests)
+def test_nests(nest, mixer):
+    a,b = floats(32, 3, 5, 4),floats(32, 3, 5, 4)
+    model = Siamese()
+    for o in fit(mk_dls([a,b], [y], n_inp=2), model, mixer, cbs=[Nest(nest)]):
+        came = o['loader_x'][0] if len(o['loader_x'])==1 else o['loader_x']
+        a,b = came.values() if hasattr(came, 'values') else came
+        assert_close(o['pred'], model(o['plan'].mix(a), o['plan'].mix(b)))
+        assert_close(o['loss'], soft_loss(o))
+
+@pytest.mark.parametrize('mixer', [MixUp(1.), CutMix(), OneOf(MixUp(1.), CutMix(), per_batch=False)], ids=repr)
+def test_picture_table_and_categories(mixer):
+    "Pictures cut, what belongs to them blended by the share of the picture that is left"
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.emb,self.out = nn.Embedding(6, 3),nn.Linear(3*5*4+2+3, 2)
+        def forward(self, cat, x, num): return self.out(torch.cat([x.flatten(1), num, self.emb(cat)], 1))
+    pics,model = floats(32, 3, 5, 4),Net()
+    for b in fit(mk_dls([ints(6, 32), pics, floats(32, 2)], [y], n_inp=3), model, mixer):
+        cat,x,num = b['loader_x']
+        rest = by_share(b['plan'], lambda j: torch.cat([num[j], model.emb.weight[cat[j]]]))
+        assert_close(b['pred'], model.out(torch.cat([b['plan'].mix(x).flatten(1), rest], 1)))
+        assert_close(b['loss'], soft_loss(b))
+
+def test_partners_of_a_second_loader():
+    dl = torch.utils.data.DataLoader(list(zip(ints(3, 20, 2), y[:20])), batch_size=5)
+    model = TabularModel([(3,2)]*2, 0, 2, [9], use_bn=False)
+    first = next(iter(dl))
+    b = fit(mk_dls([ints(3, 32, 2)], [y]), model, MixUp(1., partners=SecondLoader(dl)))[0]
+    x = torch.cat([b['loader_x'][0], first[0]])
+    assert (b['plan'].idx>=8).all()
+    assert_close(b['pred'], model.layers(by_share(b['plan'], lambda j: torch.cat([e.weight[x[j,i]] for i,e in enumerate(model.embeds)]))))
+
+@pytest.mark.parametrize('shape', [(2,9), (1,4,3,5)], ids=['signals','volumes'])
+@pytest.mark.parametrize('mixer', [MixUp(1.), CutMix()], ids=repr)
+def test_signals_and_volumes(mixer, shape):
+    model = nn.Sequential(nn.Flatten(), nn.LazyLinear(2))
+    model(torch.randn(2, *shape))
+    for b in fit(mk_dls([floats(32, *shape)], [y]), model, mixer):
+        x,plan = b['loader_x'][0],b['plan']
+        if isinstance(mixer, MixUp): want = by_share(plan, lambda j: x[j])
+        else: want = torch.stack([torch.where(plan.region[i], x[j], x[i]) for i,j in enumerate(plan.idx)])
+        assert_close(b['pred'], model(want))
+        assert_close(b['loss'], soft_loss(b))
+
+# Refused
+
+class Counted(nn.Module):
+    "A model with running means, that makes floats of integers in a way of its own"
+    def __init__(self, f, n=6):
+        super().__init__()
+        self.bn,self.emb,self.out,self.f = nn.BatchNorm1d(n),nn.Embedding(9, n),nn.Linear(n, 2),f
+    def forward(self, x): return self.out(self.bn(self.f(self, x)))
+
+@pytest.mark.parametrize('f,what', [
+    (lambda m,x: x.float(), 'followed into float'), (lambda m,x: x/9, 'have the data block give numbers as floats'),
+    (lambda m,x: m.emb(x.sum(1) % 9), 'followed into embedding'), (lambda m,x: m.emb(torch.cat([x, x], 1)).mean(1), r'shape \(8, 12\)'),
+    (lambda m,x: torch.zeros(len(x), 6), 'looks nothing up by it'), (lambda m,x: m.emb(torch.tensor(x.tolist())).mean(1), r'shape \(8, 6\), torch.int64'),
+    (lambda m,x: F.linear(x, m.out.weight), 'linear does not take'), (lambda m,x: m.emb(x[:,0]) + x.float(), 'followed into float')])
+def test_integers_without_an_embedding(f, what):
+    "An error that names the input and the way out; the learner is as it was"
+    model = Counted(f)
+    learn = mk_learn(mk_dls([ints(9, 32, 6)], [y]), model, cbs=MixUp())
+    own,state = learn.loss_func,{k:v.clone() for k,v in model.state_dict().items()}
+    with pytest.raises(TypeError, match=what): learn.fit(1)
+    if 'linear' in what: learn('after_fit')   # the model itself has failed, and the next event heals
+    assert learn.loss_func is own
+    for k,v in model.state_dict().items(): assert v.equal(state[k])
+    assert not model._forward_pre_hooks
+    learn.remove_cb(MixUp)
+    if 'linear' not in what: quiet_fit(learn)
+
+def test_what_is_never_mixed_stays_integers():
+    "Without mixing, integers are given as they are: no embedding is asked for"
+    model = Counted(lambda m,x: x.float())
+    for mixer in MixUp(0), MixUp(1., p=0.):
+        learn = quiet_fit(mk_learn(mk_dls([ints(9, 32, 6)], [y]), model, cbs=mixer))
+        learn.validate()
+
+def test_truth_values_are_refused():
+    learn = mk_learn(mk_dls([ints(2, 32, 6).bool()], [y]), Counted(lambda m,x: x.float()), cbs=MixUp())
+    with pytest.raises(TypeError, match='torch.bool'): learn.fit(1)
+
+def test_writing_into_codes():
+    "A model that writes into its input writes into all parts"
+    x = ints(9, 8, 3)
+    plan,w = Blend(1.).draw(x),floats(9, 4)
+    codes = mix_codes(plan, x)
+    codes[:,0] = 4
+    codes.clamp_(max=6)
+    z = x.clone().clamp(max=6)
+    z[:,0] = 4
+    assert_close(F.embedding(codes, w), by_share(plan, lambda j: w[z[j]]))
+
+def test_paddings():
+    assert paddings(nn.Sequential(nn.Embedding(3, 2), nn.Embedding(3, 2, padding_idx=0), nn.EmbeddingBag(3, 2, padding_idx=2)))==[0,2]
+    assert paddings(nn.Linear(2, 2))==[]
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_dtype_of_vectors(dtype):
+    emb,x = nn.Embedding(9, 4).to(dtype),ints(9, 8, 3)
+    plan = Blend(1.).draw(x)
+    got = emb(mix_codes(plan, x))
+    assert got.dtype==dtype and type(got) is torch.Tensor
+    assert_close(got.double(), by_share(plan, lambda j: emb.weight[x[j]].double()), rtol=.01, atol=.01)
