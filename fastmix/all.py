@@ -5,5 +5,6 @@ from fastmix.codes import *
 from fastmix.callback import *
 from fastmix.data import *
 from fastmix.show import *
+from fastmix.metrics import *
 from fastmix.check import *
 from fastmix.manifold import *

@@ -158,7 +158,7 @@ def refused(self:MixHandler,
     self.own_metrics()
     return e
 
-# %% ../nbs/03_callback.ipynb #34b37420
+# %% ../nbs/03_callback.ipynb #c41b93b5
 @patch
 def unhook(self:MixHandler):
     "Take hooks off the model, and put its buffers back if a batch has failed"
@@ -169,8 +169,9 @@ def unhook(self:MixHandler):
 
 @patch
 def own_loss(self:MixHandler):
-    "Put the learner's own loss back in place of a `MixLoss`, and take hooks off the model"
+    "Put the learner's own loss back in place of a `MixLoss`, take hooks off the model, and forget the batch"
     self.unhook()
+    self.batch = self.weighed = None
     if isinstance(self.learn.loss_func, MixLoss): self.learn.loss_func = self.learn.loss_func.loss_func
 
 # %% ../nbs/03_callback.ipynb #9a037791
@@ -193,7 +194,7 @@ def move(self:MixHandler,
             self.learn.remove_cb(self)
     self.for_this_fit = learn is not None and _adding_for_a_fit()
 
-# %% ../nbs/03_callback.ipynb #96999781
+# %% ../nbs/03_callback.ipynb #c940565c
 @patch
 def whole_batch(self:MixHandler,
     yb:tuple, # Targets, each (bs, ...)
@@ -201,7 +202,7 @@ def whole_batch(self:MixHandler,
     "Can the learner's loss not be taken apart, so that the batch must have one λ?"
     loss_func = self.learn and self.learn.loss_func
     if isinstance(loss_func, MixLoss): loss_func = loss_func.loss_func
-    whole = loss_func and not self.soft and not separable(loss_func) and any(mixes_loss(loss_func, y, self.y_int) for y in yb)
+    whole = loss_func and not self.soft and any(not separable(f) and mixes_loss(f, y, self.y_int) for f,y in zip(losses_of(loss_func, len(yb)), yb))
     if whole and not self.told:
         warn(f'{self!r} draws one λ for each batch instead of one per sample, since {loss_func} has no `reduction` to leave out')
         self.told = True

@@ -21,8 +21,9 @@ from fastai.losses import LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropy
 from .core import *
 
 # %% auto #0
-__all__ = ['loss_layers', 'loss_arg', 'separable', 'mixes_loss', 'per_sample', 'class_loss_args', 'known', 'lerp_class_loss',
-           'check_loss', 'lerp_loss', 'MixLoss', 'soft_targets', 'soft_loss', 'ClassBCELoss']
+__all__ = ['loss_layers', 'loss_arg', 'separable', 'MultiLoss', 'losses_of', 'mixes_loss', 'per_sample', 'class_loss_args',
+           'known', 'lerp_class_loss', 'check_loss', 'targets_apart', 'lerp_loss', 'MixLoss', 'soft_targets',
+           'soft_loss', 'ClassBCELoss']
 
 # %% ../nbs/02_loss.ipynb #2f2bdbcf
 def loss_layers(
@@ -62,6 +63,49 @@ def separable(
     "Can `loss_func` be left unreduced, so that each sample can have its own λ?"
     told = hasattr(loss_func, 'reduction') or 'reduction' in _params(loss_layers(loss_func)[-1])
     return told and loss_arg(loss_func, 'reduction') in ('mean', 'sum', 'none')
+
+# %% ../nbs/02_loss.ipynb #8c94cf32
+class MultiLoss:
+    "The sum of several losses, each of one prediction on one target"
+    def __init__(self,
+        *losses, # One for each target, as a fastai `Learner` takes it
+        weights:list=None, # Of the losses in the sum; 1 each by default
+    ):
+        weights = [1.]*len(losses) if weights is None else list(weights)
+        if not losses or len(weights)!=len(losses): raise ValueError(f'weights must hold a number for each of the {len(losses)} losses, but it is {weights!r}')
+        self.losses,self.weights,self.reduction = losses,weights,'mean'
+
+    def __call__(self,
+        preds:tuple, # Predictions, one for each loss
+        *yb, # Targets, each (bs, ...)
+    ) -> Tensor: # (), or (bs,) if `reduction` is 'none'
+        "The losses, each reduced in its own way, weighted and summed"
+        return self.total((_sample_means(f, p, y) if self.reduction=='none' else f(p, y)) for f,p,y in self.each(preds, yb))
+
+    def each(self, preds, yb):
+        "Each loss, with its prediction and its target"
+        n = len(preds) if isinstance(preds, (tuple,list)) else 1
+        if not n==len(yb)==len(self.losses): raise ValueError(
+            f'MultiLoss has {len(self.losses)} losses, so it needs as many predictions and targets, but was given {n} and {len(yb)}')
+        return list(zip(self.losses, preds, yb))
+
+    def total(self, values): return sum(w*v for w,v in zip(self.weights, values))
+    def activation(self, preds): return tuple(getattr(f, 'activation', noop)(p) for f,p in zip(self.losses, preds))
+    def decodes(self, preds): return tuple(getattr(f, 'decodes', noop)(p) for f,p in zip(self.losses, preds))
+    def __repr__(self): return f'MultiLoss({", ".join(map(str, self.losses))})'
+
+def _sample_means(f, p, y):
+    with NoneReduce(f) as g: return g(p, y).reshape(len(y), -1).mean(1)
+
+# %% ../nbs/02_loss.ipynb #8a9eb661
+def losses_of(
+    loss_func, # Loss, as a fastai `Learner` takes it
+    n:int, # How many targets there are
+) -> list: # n losses
+    "The loss that each target goes to: its own in a `MultiLoss`, else the one that takes them all"
+    if not isinstance(loss_func, MultiLoss): return [loss_func]*n
+    if n==len(loss_func.losses): return list(loss_func.losses)
+    raise ValueError(f'{loss_func} has {len(loss_func.losses)} losses, but there are {n} targets: give each target one')
 
 # %% ../nbs/02_loss.ipynb #99f7168a
 def mixes_loss(
@@ -217,7 +261,16 @@ def check_loss(
         f'{loss_func} gives {want.mean().item():.6g} where its unreduced values, reduced by its `reduction`, give {got.mean().item():.6g}, '
         'so it can not be mixed sample by sample: mix with one λ for the batch, `per_batch=True`')
 
-# %% ../nbs/02_loss.ipynb #c3a8b91b
+# %% ../nbs/02_loss.ipynb #17edf7da
+def targets_apart(
+    plan:Plan, # How the batch was mixed
+    yb:tuple, # Targets
+    mixed:list, # Which of `yb` are mixed
+) -> list: # k tuples, of the targets (bs, ...) of each sample, then those of each partner
+    "The targets of a batch, once for each sample in a mixture"
+    return list(zip(*(plan.targets(y).unbind(1) if m else [y]*plan.pairs.shape[1] for y,m in zip(yb, mixed))))
+
+# %% ../nbs/02_loss.ipynb #4f491531
 def lerp_loss(
     loss_func, # Loss, as a fastai `Learner` takes it
     plan:Plan, # How the batch was mixed
@@ -226,10 +279,13 @@ def lerp_loss(
     mixed:list=None, # Which of `yb` are mixed; all by default
 ) -> Tensor: # Reduced as `loss_func` reduces
     "The losses on a sample's targets, each by its share: sample by sample, or as they are where shares are for the batch and `loss_func` is not known"
+    mixed = mixed or [True]*len(yb)
+    if isinstance(loss_func, MultiLoss):
+        parts = zip(loss_func.each(pred, yb), mixed)
+        return loss_func.total(lerp_loss(f, plan, p, (y,)) if m else f(p, y) for (f,p,y),m in parts)
     res = lerp_class_loss(loss_func, plan, pred, *yb) if len(yb)==1 else None
     if res is not None: return res
-    k,mixed = plan.pairs.shape[1],mixed or [True]*len(yb)
-    ybs = list(zip(*(plan.targets(y).unbind(1) if m else [y]*k for y,m in zip(yb, mixed))))
+    ybs = targets_apart(plan, yb, mixed)
     check_loss(loss_func, plan, pred, ybs)
     return _lerp_other(loss_func, plan, pred, ybs)
 
@@ -258,7 +314,13 @@ class MixLoss:
     def __repr__(self): return f'MixLoss({self.loss_func})'
     def __reduce__(self): return noop,(self.loss_func,)
 
-# %% ../nbs/02_loss.ipynb #81c01cb9
+# %% ../nbs/02_loss.ipynb #07812552
+def _mixed_target(loss_func, plan, y):
+    if not plan.weighs(y) or y.is_floating_point(): return plan.mix(y)
+    if class_loss_args(loss_func) is None: return plan.mix(y.float())
+    raise ValueError(f'y_int=False would blend classes, of shape {tuple(y.shape)}, as if they were numbers, which {loss_func} does not take: '
+        'leave y_int out, or hand it probabilities by soft=True')
+
 def _same(a, b): return a is b or isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape==b.shape and a.data_ptr()==b.data_ptr()
 
 @patch
@@ -268,9 +330,9 @@ def arm(self:MixLoss,
 ) -> tuple: # Targets to call the loss with: those whose losses are not mixed are blended or cut
     "Expect the targets `yb` of a batch that is mixed by `plan`"
     self.plan,self.used = plan,False
-    self.mixed = [plan.weighs(y) and mixes_loss(self.loss_func, y, self.force_y_int) for y in yb]
-    def mix(y): return plan.mix(y.float() if plan.weighs(y) and not y.is_floating_point() else y)
-    self.pool = tuple(y if m else mix(y) for y,m in zip(yb, self.mixed))
+    losses = losses_of(self.loss_func, len(yb))
+    self.mixed = [plan.weighs(y) and mixes_loss(f, y, self.force_y_int) for f,y in zip(losses, yb)]
+    self.pool = tuple(y if m else _mixed_target(f, plan, y) for f,y,m in zip(losses, yb, self.mixed))
     self.targets = tuple(plan.own(y) if m else y for y,m in zip(self.pool, self.mixed))
     return self.targets
 
