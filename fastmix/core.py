@@ -75,7 +75,7 @@ def derange(
     idx[circle] = np.roll(circle, 1)
     return torch.from_numpy(idx)
 
-# %% ../nbs/00_core.ipynb #a834c592
+# %% ../nbs/00_core.ipynb #7a02c3dd
 def _draw_weighted(weights, rng):
     "For each row of `weights` a column, drawn as often as they say, or the row's own number where all are zero"
     until = weights.cumsum(1)
@@ -83,7 +83,8 @@ def _draw_weighted(weights, rng):
     return torch.from_numpy(np.where(until[:,-1]>0, idx, np.arange(len(idx))))
 
 def _classes(yb, name):
-    if yb and yb[0].ndim==1 and not yb[0].is_floating_point(): return yb[0].numpy(force=True)
+    one = yb and yb[0].ndim and yb[0].numel()==len(yb[0])   # tables have (bs, 1)
+    if one and not yb[0].is_floating_point(): return yb[0].numpy(force=True).reshape(-1)
     raise ValueError(f'{name} needs one class for each sample, but the target is {f"of shape {tuple(yb[0].shape)}, {yb[0].dtype}" if yb else "missing"}')
 
 # %% ../nbs/00_core.ipynb #639ad3f7

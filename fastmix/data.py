@@ -94,13 +94,14 @@ def _key(o):
         'let the items be their numbers, and get_x and get_y look them up') from None
     return o
 
-# %% ../nbs/04_data.ipynb #8415b8ee
+# %% ../nbs/04_data.ipynb #2b7086de
 class SoftCategory(dict):
     "Probabilities of classes, by name; shown are the three largest"
     def __str__(self): return ', '.join(f'{k} {v:.2f}' for k,v in sorted(self.items(), key=itemgetter(1), reverse=True)[:3] if v>=.005)
+    def __eq__(self, o): return o==max(self, key=self.get) if isinstance(o, str) else super().__eq__(o)   # a prediction that is right
     def show(self, ctx=None, color='black', **kwargs): return show_title(str(self), ctx=ctx, color=color, **kwargs)
 
-class TensorSoftCategory(TensorBase): pass
+class TensorSoftCategory(TensorCategory): pass   # so that fastai shows its results
 
 class SoftCategorize(DisplayedTransform):
     "Probabilities of the classes of `vocab`, as a tensor and back"

@@ -369,7 +369,7 @@ def __call__(self:MixLoss,
     if self.soft and all(self.mixed): return soft_loss(loss_func, self.plan, pred, self.pool)
     return lerp_loss(loss_func, self.plan, pred, self.pool, self.mixed)
 
-# %% ../nbs/02_loss.ipynb #24c146eb
+# %% ../nbs/02_loss.ipynb #93a0ef63
 def soft_targets(
     plan:Plan, # How the batch was mixed
     y:Tensor, # (n, ...) Classes
@@ -391,7 +391,7 @@ def soft_loss(
     if args and args['axis'] is not None: f,pred = loss_layers(loss_func)[1],plain(pred).movedim(args['axis'], 1)
     try:
         y, = yb
-        return f(pred, soft_targets(plan, y, pred.shape[1]))
+        return f(pred, soft_targets(plan, y.view(-1) if y.numel()==len(y) else y, pred.shape[1]))   # tables have (n, 1)
     except (TypeError,ValueError,RuntimeError) as e: raise ValueError(f'{loss_func} does not take probabilities as targets: mix its losses, soft=False') from e
 
 # %% ../nbs/02_loss.ipynb #977ed5e0

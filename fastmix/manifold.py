@@ -57,7 +57,7 @@ def find_layers(
     if res: return res
     raise ValueError(f'layers must name what to mix behind, but it is {layers!r}')
 
-# %% ../nbs/08_manifold.ipynb #bf6732f8
+# %% ../nbs/08_manifold.ipynb #d7a22762
 class ManifoldMixUp(MixUp):
     "Blend what a layer, drawn for each batch, makes of each training sample with what it makes of another: [manifold mixup](https://arxiv.org/abs/1806.05236)"
     @delegates(MixUp)
@@ -89,23 +89,27 @@ class ManifoldMixUp(MixUp):
 
     def after_pred(self):
         "Check that the layer was reached, and that the targets are still those that the batch was mixed with"
-        if self.hooks and not self.codes:
+        missed = self.hooks and not self.codes and not self.reached
+        if missed:
             self.unhook()
             raise RuntimeError(f'The model did not reach its layer {self.layer}, so that this batch was not mixed: name other layers')
         super().after_pred()
 
-# %% ../nbs/08_manifold.ipynb #c3ff8eb0
+# %% ../nbs/08_manifold.ipynb #1ec7ec33
 @patch
 def hook(self:ManifoldMixUp,
     module:nn.Module, # To mix behind
 ):
-    "Mix what `module` makes of the present batch, once"
+    "Mix what `module` makes of the present batch. One that is called again, as for a second input, is an error"
     self.unhook()
     plan,layer,mine = self.plan,self.layer,[False]
+    self.reached = reached = []
     def entered(_, args): mine[0] = bool(args) and args[0] is self.learn.xb[0]
     def mixed(_, args, h):
         if not mine[0]: return
+        reached.append(layer)
+        if isinstance(h, Tensor) and len(reached)==1: return plan.mix(h)
         self.unhook()
-        if isinstance(h, Tensor): return plan.mix(h)
-        raise TypeError(f'The layer {layer} gives a {type(h).__name__}, but only a tensor can be mixed: name other layers')
+        raise TypeError(f'The layer {layer} is called more than once for a batch, so that there is no telling what to mix: name other layers' if len(reached)>1 else
+            f'The layer {layer} gives a {type(h).__name__}, but only a tensor can be mixed: name other layers')
     self.hooks = self.learn.model.register_forward_pre_hook(entered),module.register_forward_hook(mixed)

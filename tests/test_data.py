@@ -151,6 +151,7 @@ def test_soft_labels_are_shown_and_decoded(capsys):
         label,i,probs = learn.predict(images[0])
         assert label==dls.vocab[int(i)]=='abc'[probs.argmax()] and probs.sum()==pytest.approx(1)
         learn.show_results(max_n=2)
+    assert SoftCategory(a=.7, b=.3)=='a'!=SoftCategory(a=.3, b=.7) and SoftCategory(a=1)==SoftCategory(a=1)!=SoftCategory(b=1)
     plt.close('all')
 
 @pytest.mark.parametrize('p,what', [([.7,.5,0], 'sum to 1.2: divide'), ([1.2,-.2,0], r'at least 0.*-0.2'), ([.5,.5], 'each of the 3 classes'), ([float('nan')]*3, 'sum to nan'), (.5, '3 classes')])
