@@ -22,10 +22,10 @@ def is_code(
     "Does `x` hold integers that mean nothing as numbers? (Bytes are pixels)"
     return not (x.is_floating_point() or x.is_complex() or x.dtype in (torch.uint8,torch.bool))
 
-# %% ../nbs/02a_codes.ipynb #89cb677b
+# %% ../nbs/02a_codes.ipynb #2aa30e8e
 class Codes(Tensor):
     "Integers that stand for mixtures: what is looked up by them is looked up for each part, and mixed"
-    parts,shares,log = (),(),None   # `log` gets the name of each function that looks something up, and an exception where it fails
+    parts,shares,real,log = (),(),(),None   # `log` gets the name of each function that looks something up, and an exception where it fails
 
     @classmethod
     def __torch_function__(cls, f, types, args=(), kwargs=None):
@@ -34,53 +34,89 @@ class Codes(Tensor):
         def run(which):
             args,kwargs = map_tensors(lambda o: which(o) if isinstance(o, Codes) else o, nest)
             return f(*args, **kwargs)
-        def each(): return [run(lambda o: o.parts[i]) for i in range(len(codes.parts))]
+        def each(what='parts'): return [run(lambda o: getattr(o, what)[i]) for i in range(len(codes.parts))]
         with torch._C.DisableTorchFunctionSubclass():
             version = codes._version
             try: res = run(plain)
             except RuntimeError as e: raise TypeError(f'{_name(f)} does not take the input of shape {tuple(codes.shape)}, {codes.dtype}: {_way_out}') from e
             if codes._version!=version: each()   # `f` writes into the codes
-            return map_tensors(lambda o: _follow(codes, o, each, f), res)
+            if f in _leave and codes.parts: codes.log.append(_fault(codes, f, 'which takes numbers out of it'))
+            return map_tensors(lambda o: _follow(codes, o, each, f, nest), res)
 
-# %% ../nbs/02a_codes.ipynb #39501374
+# %% ../nbs/02a_codes.ipynb #0159ff10
 def as_codes(
     x:Tensor, # Integers
     parts:list, # Those of each sample, and of each partner, laid out as `x` is
     shares:list, # Their weights, laid out as `x` is
+    real:list, # Where they have a weight and are no padding, bool, laid out as `x` is
     log:list, # Gets the name of each function that looks something up
 ) -> Codes: # The memory of `x`
     "`x` as integers that stand for mixtures of `parts`"
     res = plain(x).as_subclass(Codes)
-    res.parts,res.shares,res.log = parts,shares,log
+    res.parts,res.shares,res.real,res.log = parts,shares,real,log
     return res
 
-# %% ../nbs/02a_codes.ipynb #5cac8f49
+# %% ../nbs/02a_codes.ipynb #4373eb9e
 _way_out = 'look categories up in an nn.Embedding as they come, column by column, or with a number added; have the data block give numbers as floats'
 
 def _name(f): return getattr(f, '__name__', str(f))
 
-_look_up = {F.embedding, F.embedding_bag, F.one_hot, Tensor.__getitem__, Tensor.index_select, torch.index_select}
+_leave = {Tensor.tolist, Tensor.item, Tensor.numpy, Tensor.__array__, Tensor.__int__, Tensor.__index__, Tensor.__float__}
+_made_of_each = set('''abs add and bitwise_and bitwise_or bitwise_xor clamp clamp_max clamp_min clip clone contiguous cpu cuda empty_like floor_divide floordiv
+    full_like int long masked_fill maximum minimum mod mul ones_like or radd remainder rmod rmul rsub short sub to type where xor zeros_like'''.split())
+_moving = {Tensor.__getitem__, Tensor.index_select, torch.index_select, Tensor.flip, torch.flip, Tensor.roll, torch.roll,
+    torch.cat, torch.concat, torch.stack, torch.hstack, torch.column_stack}
+
+def _looks_up(f, args):
+    "Does `f` look up rows by codes?"
+    if f is Tensor.__getitem__: return isinstance(args[1], Codes) and not isinstance(args[0], Codes)
+    if f in (Tensor.index_select,torch.index_select): return len(args)==3 and args[1]==0 and isinstance(args[2], Codes) and not isinstance(args[0], Codes)
+    return f in (F.embedding,F.embedding_bag,F.one_hot)
+
+def _moves(f, args, **kwargs):
+    "Does `f` move codes, and nothing else?"
+    if f not in _moving or not args: return False
+    moved = tensors_in(args[0])
+    return all(isinstance(o, Codes) for o in moved) and not any(isinstance(o, Codes) for o in tensors_in([args[1:],kwargs]))
+
+# %% ../nbs/02a_codes.ipynb #b1fca876
+def _fault(codes, f, what):
+    "The error that `f` can not be followed"
+    return TypeError(f'Integers of shape {tuple(codes.shape)} can not be averaged, nor followed into {_name(f)}, {what}: {_way_out}')
+
+def _differs(codes, res, truths):
+    "Are the truth values `res` of the sample itself not those of all parts that have a share and are no padding?"
+    over = codes.ndim<=res.ndim and all(n in (1,m) for n,m in zip(codes.shape[::-1], res.shape[::-1]))
+    return any(((o!=res) & real).any() if over else not o.equal(res) for o,real in zip(truths, codes.real))
 
 def _wider(share, x):
     "`share` with as many dimensions as `x`"
     return share[(..., *[None]*(x.ndim-share.ndim))]
 
-# %% ../nbs/02a_codes.ipynb #c99849fe
-def _follow(codes, res, each, f):
-    "What `res`, computed by `f` from `codes`, stands for; `each` computes it for each part"
+# %% ../nbs/02a_codes.ipynb #4e219a9c
+def _integers(codes, res, each, f, nest):
+    "The integers `res` as codes; with parts only where all they tell is told for each part"
+    made = _name(f).strip('_') in _made_of_each or _looks_up(f, nest[0])
+    def laid_out(o): return torch.empty_like(res, dtype=o.dtype).copy_(o)
+    if codes.parts and _moves(f, nest[0], **nest[1]): told = map(each, ('parts','shares','real'))
+    elif codes.parts and made and res.shape==codes.shape: told = each(),*(list(map(laid_out, o)) for o in (codes.shares,codes.real))
+    else: told = (),(),()
+    return as_codes(res, *told, codes.log)
+
+# %% ../nbs/02a_codes.ipynb #c36ddcfb
+def _follow(codes, res, each, f, nest):
+    "What `res`, computed by `f` from the arguments `nest`, stands for; `each` computes it for each part"
     name,start = _name(f),codes.storage_offset()
+    if res.dtype==torch.bool and _differs(codes, res, each()):
+        codes.log.append(_fault(codes, f, 'which tells the parts of a mixture apart. To mark padding, give its embedding a padding_idx; for the rest'))
     if res.dtype==torch.bool or name.startswith('new_'): return res
     if res.untyped_storage().data_ptr()==codes.untyped_storage().data_ptr():
         def view(o): return o.as_strided(res.shape, res.stride(), o.storage_offset()+res.storage_offset()-start)
-        return as_codes(res, list(map(view, codes.parts)), list(map(view, codes.shares)), codes.log)
-    fits,bag = res.shape[:codes.ndim]==codes.shape, f is F.embedding_bag and res.ndim==codes.ndim==2
-    if is_code(res) and f is not F.one_hot:
-        if not fits or not codes.parts: return as_codes(res, (), (), codes.log)
-        def spread(o): return torch.empty_like(res, dtype=o.dtype).copy_(_wider(o, res).expand_as(res))
-        return as_codes(res, each(), list(map(spread, codes.shares)), codes.log)
-    known = f in _look_up and codes.parts and (fits or bag)
-    codes.log.append(name if known else TypeError(
-        f'Integers of shape {tuple(codes.shape)} can not be averaged, nor followed into {name}, which makes floats of shape {tuple(res.shape)} of them: {_way_out}'))
+        return as_codes(res, *(list(map(view, o)) for o in (codes.parts,codes.shares,codes.real)), codes.log)
+    if is_code(res) and f is not F.one_hot: return _integers(codes, res, each, f, nest)
+    bag = f is F.embedding_bag and res.ndim==codes.ndim==2
+    known = _looks_up(f, nest[0]) and codes.parts and (bag or res.shape[:codes.ndim]==codes.shape)
+    codes.log.append(name if known else _fault(codes, f, f'which makes floats of shape {tuple(res.shape)} of them'))
     if not known: return res
     dtype = torch.promote_types(res.dtype, torch.float32)
     mixed = sum(_wider(w[:,:1] if bag else w, o).to(dtype)*o.to(dtype) for o,w in zip(each(), codes.shares))
@@ -101,7 +137,7 @@ def is_padding(
     "Where `x` is padding"
     return sum((x==o for o in pads), torch.zeros_like(x, dtype=torch.bool))
 
-# %% ../nbs/02a_codes.ipynb #f674fff3
+# %% ../nbs/02a_codes.ipynb #f2a66a84
 def mix_codes(
     plan:Plan, # How the batch is mixed
     x:Tensor, # (n, ...) Integers
@@ -110,11 +146,12 @@ def mix_codes(
     "The integers `x`, as mixtures by `plan`, padded where all of their parts are"
     parts = [o.contiguous() for o in plan.targets(plain(x)).unbind(1)]
     shares = [unsqueeze_as(w, parts[0]).expand_as(parts[0]).contiguous() for w in plan.shares.expand(plan.pairs.shape).unbind(1)]
+    real = [(w>0) & ~is_padding(o, pads) for o,w in zip(parts, shares)]
     own = parts[0].clone()
     for o,w in zip(parts[1:], shares[1:]): own = torch.where(is_padding(own, pads) & (w>0), o, own)
-    return as_codes(own, parts, shares, [])
+    return as_codes(own, parts, shares, real, [])
 
-# %% ../nbs/02a_codes.ipynb #09130f8d
+# %% ../nbs/02a_codes.ipynb #fc453818
 def longest_first(
     plan:Plan, # How the batch is mixed
     xb:tuple, # Inputs, each (n, ...)
@@ -123,5 +160,5 @@ def longest_first(
     "Put mixtures with little padding before those with much"
     texts = [x for x in xb if pads and is_code(x) and plan.weighs(x)]
     if not texts: return plan
-    n_pad = sum(is_padding(plain(mix_codes(plan, x, pads)), pads).flatten(1).sum(1) for x in texts)
+    n_pad = sum(is_padding(plain(mix_codes(plan, x, pads)), pads).view(len(plan.pairs), -1).sum(1) for x in texts)
     return plan.take(n_pad.argsort(stable=True))

@@ -224,9 +224,14 @@ class Counted(nn.Module):
 
 @pytest.mark.parametrize('f,what', [
     (lambda m,x: x.float(), 'followed into float'), (lambda m,x: x/9, 'have the data block give numbers as floats'),
-    (lambda m,x: m.emb(x.sum(1) % 9), 'followed into embedding'), (lambda m,x: m.emb(torch.cat([x, x], 1)).mean(1), r'shape \(8, 12\)'),
-    (lambda m,x: torch.zeros(len(x), 6), 'looks nothing up by it'), (lambda m,x: m.emb(torch.tensor(x.tolist())).mean(1), r'shape \(8, 6\), torch.int64'),
-    (lambda m,x: F.linear(x, m.out.weight), 'linear does not take'), (lambda m,x: m.emb(x[:,0]) + x.float(), 'followed into float')])
+    (lambda m,x: m.emb(x.sum(1) % 9), 'followed into embedding'), (lambda m,x: m.emb(x.argsort(0)).mean(1), 'followed into embedding'),
+    (lambda m,x: torch.zeros(len(x), 6), 'looks nothing up by it'), (lambda m,x: m.emb(torch.tensor(x.tolist())).mean(1), 'followed into tolist'),
+    (lambda m,x: F.linear(x, m.out.weight), 'linear does not take'), (lambda m,x: m.emb(x[:,0]) + x.float(), 'followed into float'),
+    # The first column is looked up, and another is read in a way that would be the sample's own alone
+    (lambda m,x: m.emb(x[:,0]) + m.emb(torch.tensor(x[:,1].tolist())), 'followed into tolist'), (lambda m,x: m.emb(x[:,0]) + m.emb(torch.from_numpy(x[:,1].numpy())), 'into numpy'),
+    (lambda m,x: m.emb(x[:,0]) + torch.stack([m.emb.weight[int(o)] for o in x[:,1]]), 'followed into __int__'), (lambda m,x: m.emb(x[:,0]) + (x==5).float(), 'tells the parts'),
+    (lambda m,x: m.emb(x[:,0]) + m.emb(torch.where(x[:,1]>4, 1, 2)), 'tells the parts'), (lambda m,x: m.emb(x[:,0]) + (x[:,1:2]==torch.arange(6)).float(), 'tells the parts'),
+    (lambda m,x: m.emb(x[:,0]) + m.emb.weight[:,x[:,1] % 6].T[:,:6], 'followed into __getitem__')])
 def test_integers_without_an_embedding(f, what):
     "An error that names the input and the way out; the learner is as it was"
     model = Counted(f)
@@ -239,6 +244,34 @@ def test_integers_without_an_embedding(f, what):
     assert not model._forward_pre_hooks
     learn.remove_cb(MixUp)
     if 'linear' not in what: quiet_fit(learn)
+
+@pytest.mark.parametrize('f', [lambda x: x[[2,0,1]], lambda x: x.flip(1), lambda x: x.flip(0), lambda x: x.roll(1, 0), lambda x: torch.cat([x, x.flip(0)]),
+    lambda x: torch.cat([x, x[:,:2]], 1), lambda x: torch.stack([x[:,2],x[:,0],x[:,1]]), lambda x: torch.stack([x[:,0],x[:,2]], 1), lambda x: x[:,[1,2]],
+    lambda x: x[torch.tensor([True,False,True])], lambda x: x.index_select(0, torch.tensor([1,1])), lambda x: x.view(-1)[2:7], lambda x: x.t().contiguous()])
+def test_moved_integers(f):
+    "They take their own shares along: the reference moves vectors that are mixed already"
+    x,w = torch.arange(9).reshape(3, 3),floats(9, 4)
+    plan = BlendPlan(torch.tensor([.9,.7,.6]), torch.tensor([1,2,0]))
+    mixed = by_share(plan, lambda j: w[x[j]]).view(9, 4)
+    assert_close(F.embedding(f(mix_codes(plan, x)), w), mixed[f(x)])
+
+class TextAndKind(nn.Module):
+    "Words, and one category for each text"
+    def __init__(self):
+        super().__init__()
+        self.words,self.kinds,self.out = nn.Embedding(9, 4, padding_idx=0),nn.Embedding(3, 4),nn.Linear(4, 2)
+    def forward(self, x, kind): return self.out(self.pool(self.words(x), x!=0) + self.kinds(kind))
+    def pool(self, h, real): return (h*real[...,None]).sum(1)/real.sum(1, keepdim=True)
+
+def test_a_mask_made_of_padding():
+    "Padding is told apart, since a mixture is as long as its longest part; a second input has one dimension"
+    x,kind,model = ints(9, 32, 6, low=1),ints(3, 32),TextAndKind()
+    for o,n in zip(x, ints(6, 32, low=1)): o[n:] = 0
+    for b in fit(mk_dls([x,kind], [y], n_inp=2), model, MixUp(1.)):
+        (x0,kind0),plan = b['loader_x'],b['plan']
+        real = torch.stack([(x0[js[ws>0]]!=0).any(0) for js,ws in zip(plan.pairs, plan.shares)])
+        want = model.pool(by_share(plan, lambda j: model.words.weight[x0[j]]), real) + by_share(plan, lambda j: model.kinds.weight[kind0[j]])
+        assert_close(b['pred'], model.out(want))
 
 def test_what_is_never_mixed_stays_integers():
     "Without mixing, integers are given as they are: no embedding is asked for"
