@@ -8,3 +8,4 @@ from fastmix.show import *
 from fastmix.metrics import *
 from fastmix.check import *
 from fastmix.manifold import *
+from fastmix.tensorboard import *

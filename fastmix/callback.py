@@ -23,12 +23,12 @@ from .codes import *
 __all__ = ['MixHandler', 'check_batch', 'MixUp', 'CutMix', 'ResizeMix', 'SaliencyMix', 'FMix', 'GridMix', 'ScheduledValue',
            'OneOf', 'CutMixUp']
 
-# %% ../nbs/03_callback.ipynb #5513e04a
+# %% ../nbs/03_callback.ipynb #4430841e
 class MixHandler(Callback):
     "Mix training batches, and their loss, by `mix`; validation, prediction and export see the learner's own loss"
-    run_valid,_per_batch = False,('plan','mix_loss','batch','weighed','codes','hooks','buffers')
+    run_valid,_per_batch = False,('plan','mix_loss','batch','drawn','weighed','codes','hooks','buffers')
     _stateattrs = _per_batch
-    plan,mix_loss,batch,weighed,codes,hooks,buffers,for_this_fit = None,None,None,None,(),(),(),False
+    plan,mix_loss,batch,drawn,weighed,codes,hooks,buffers,for_this_fit = None,None,None,None,None,(),(),(),False
     def __init__(self,
         mix:Mix, # How to mix
         p:float=1., # Share of the samples to mix (of the batches, if `mix` is per batch), or a function of the share of training that is done
@@ -96,7 +96,7 @@ class MixHandler(Callback):
         if self.hps and hasattr(self.learn, 'param_scheduler'): self.learn.param_scheduler.hps.update(self.hps)
         elif self.hps and hasattr(self.learn, 'recorder'): self.learn.recorder.hps = self.hps
 
-# %% ../nbs/03_callback.ipynb #173364ab
+# %% ../nbs/03_callback.ipynb #0e3e97e5
 @patch
 def mix_batch(self:MixHandler):
     "Draw a `Plan`, mix `xb` by it, and arm the loss with it"
@@ -106,7 +106,7 @@ def mix_batch(self:MixHandler):
     self.plan,target_plan,xs,ys = self.draw(tuple(tensors_in(xb)), yb)
     fed = iter(self.feed(xs))
     self.learn.xb,self.learn.yb = map_tensors(lambda _: next(fed), xb),self.mix_loss.arm(target_plan, ys)
-    self.batch,self.weighed = (xb,yb),(target_plan,self.mix_loss.pool,self.mix_loss.mixed)
+    self.batch,self.drawn,self.weighed = (xb,yb),(target_plan,xs,ys),(target_plan,self.mix_loss.pool,self.mix_loss.mixed)
 
 # %% ../nbs/03_callback.ipynb #fff7af07
 @patch
@@ -158,7 +158,7 @@ def refused(self:MixHandler,
     self.own_metrics()
     return e
 
-# %% ../nbs/03_callback.ipynb #c41b93b5
+# %% ../nbs/03_callback.ipynb #cdba5073
 @patch
 def unhook(self:MixHandler):
     "Take hooks off the model, and put its buffers back if a batch has failed"
@@ -171,7 +171,7 @@ def unhook(self:MixHandler):
 def own_loss(self:MixHandler):
     "Put the learner's own loss back in place of a `MixLoss`, take hooks off the model, and forget the batch"
     self.unhook()
-    self.batch = self.weighed = None
+    self.batch = self.drawn = self.weighed = None
     if isinstance(self.learn.loss_func, MixLoss): self.learn.loss_func = self.learn.loss_func.loss_func
 
 # %% ../nbs/03_callback.ipynb #9a037791

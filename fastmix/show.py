@@ -18,28 +18,45 @@ from .codes import is_code
 from .callback import *
 
 # %% auto #0
-__all__ = ['mix_caption', 'show_mixed_target', 'outline', 'lay_over', 'parts']
+__all__ = ['mix_caption', 'decode_mix', 'show_mixed_target', 'outline', 'lay_over', 'parts']
 
-# %% ../nbs/05_show.ipynb #cb47ef83
+# %% ../nbs/05_show.ipynb #9b5f42da
 def mix_caption(
     shares:list, # Of the sample itself, and of its partners
     ys:list, # Their targets, decoded
 ) -> str: # Such as "0.72 cat + 0.28 dog"
     "The targets with their shares; for numbers the blend too"
+    if isinstance(ys[0], TensorMask): return f'{shares[0]:.2f} own mask + {1-shares[0]:.2f} partner' + 's'*(len(ys)>2)
+    ys = [o.item() if isinstance(o, Tensor) and not o.ndim else o for o in ys]
     def words(o): return f'× {o:.3g}' if isinstance(o, float) else ' & '.join(map(str, o)) or '-' if is_listy(o) else f'({o})' if isinstance(o, dict) else str(o)
     res = ' + '.join(f'{w:.2f} {words(y)}' for w,y in zip(shares, ys) if w)
     return f'{res} = {sum(w*y for w,y in zip(shares, ys)):.3g}' if isinstance(ys[0], float) else res
 
-# %% ../nbs/05_show.ipynb #9fbc5645
+# %% ../nbs/05_show.ipynb #14f6a485
+def decode_mix(
+    dls:DataLoaders, # How items are decoded
+    plan:Plan, # How the targets were mixed
+    inputs:tuple, # As they are fed
+    yb:tuple, # Targets, each (n, ...): those of the batch, and any that are there as partners only
+    max_n:int=9, # Decode so many samples at most
+) -> tuple: # Items, as they are fed; for each item and target those of the samples in the mixture; for each target whether they are weighed
+    "Items as a network is fed them, and their targets before they were mixed, in the words of the data"
+    weighed = [plan.weighs(y) and not isinstance(y, TensorPoint) for y in yb]
+    def decode(ys): return dls.train.decode_batch((*inputs, *ys), max_n=max_n, full=False)
+    items  = decode([plan.own(y) if w else plan.mix(y) for y,w in zip(yb, weighed)])
+    others = [decode([y[j] for y in yb]) for j in plan.pairs.unbind(1)[1:]]
+    return items,[list(zip(*(o[dls.n_inp:] for o in parts))) for parts in zip(items, *others)],weighed
+
+# %% ../nbs/05_show.ipynb #73861a6e
 def show_mixed_target(
     shares:list, # Of the sample itself, and of its partners
     ys:list, # Their targets, decoded
     ctx, # Axes that show the picture
 ) -> str: # Caption
     "Show targets that are weighed: masks over the picture, each as strongly as its share; others as a caption"
-    if not isinstance(ys[0], TensorMask): return mix_caption(shares, ys)
-    for w,y in zip(shares, ys): y.show(ctx=ctx, alpha=.7*w)
-    return f'{shares[0]:.2f} own mask + {1-shares[0]:.2f} partner' + 's'*(len(ys)>2)
+    if isinstance(ys[0], TensorMask):
+        for w,y in zip(shares, ys): y.show(ctx=ctx, alpha=.7*w)
+    return mix_caption(shares, ys)
 
 # %% ../nbs/05_show.ipynb #3ddba4dc
 def outline(
@@ -61,7 +78,7 @@ def lay_over(
     veil = .8*(1-(s/s.max().clamp_min(1e-12)).clamp(0,1).sqrt())
     ctx.imshow(torch.zeros_like(s), cmap='gray', alpha=veil.numpy(), extent=(left,right,bottom,top), interpolation='bilinear')
 
-# %% ../nbs/05_show.ipynb #f442e218
+# %% ../nbs/05_show.ipynb #d079a263
 @patch
 def show_mix(self:MixHandler,
     dls:DataLoaders, # Where the batch comes from, and how it is decoded
@@ -78,19 +95,15 @@ def show_mix(self:MixHandler,
     plan,target_plan,xb,yb = self.draw(tuple(tensors_in(nest)), yb)
     mixed = iter([plan.own(x) if is_code(x) and plan.weighs(x) else plan.mix(x) for x in xb])   # categories have no picture of a mixture
     inputs = map_tensors(lambda _: next(mixed), tuple(nest))
-    weighed = [target_plan.weighs(y) and not isinstance(y, TensorPoint) for y in yb]
-    def decode(ys): return dls.train.decode_batch((*inputs, *ys), max_n=max_n, full=False)
-    items  = decode([target_plan.own(y) if w else target_plan.mix(y) for y,w in zip(yb, weighed)])
-    others = [decode([y[j] for y in yb]) for j in target_plan.pairs.unbind(1)[1:]]
+    items,targets,weighed = decode_mix(dls, target_plan, inputs, yb, max_n)
     pictures = [i for i in range(dls.n_inp) if hasattr(items[0][i], 'show')]
     if not pictures: raise TypeError(f'show_mix shows pictures, but the input is a {type(items[0][0]).__name__}')
     regions = [None]*len(items) if plan.region is None else plan.region.expand(len(plan.pairs), *plan.size)
     maps = saliency(xb[0])[plan.idx] if saliency else [None]*len(items)
     axs = get_grid(len(items), nrows, ncols, figsize)
-    for item,*rest,shares,region,found,ctx in zip(items, *others, plan.shares.expand(plan.pairs.shape).tolist(), regions, maps, axs):
+    for item,yss,shares,region,found,ctx in zip(items, targets, plan.shares.expand(plan.pairs.shape).tolist(), regions, maps, axs):
         for i in pictures: ctx = item[i].show(ctx=ctx)
-        targets = zip(*(o[dls.n_inp:] for o in (item,*rest)))
-        captions = [show_mixed_target(shares, ys, ctx) if w else ys[0].show(ctx=ctx) and None for ys,w in zip(targets, weighed)]
+        captions = [show_mixed_target(shares, ys, ctx) if w else ys[0].show(ctx=ctx) and None for ys,w in zip(yss, weighed)]
         if found is not None: lay_over(found, ctx)
         if region is not None: outline(region, ctx)
         if any(captions): ctx.set_title('\n'.join(fill(o, 23) for o in captions if o))

@@ -1,0 +1,165 @@
+"`LogMix`: event files and W&B runs are read back, and compared with the batches that a recorder saw"
+import pickle
+from io import BytesIO
+import numpy as np, pytest, torch
+from fastai.callback.schedule import SchedLin
+from fastai.callback.tensorboard import TensorBoardCallback
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.torch_core import set_seed
+from fastai.vision.all import Normalize, imagenet_stats
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from fastmix.callback import CutMix, MixUp
+from fastmix.data import SecondLoader, digit_images, image_dls
+from fastmix.tensorboard import LogMix, mix_grids
+from helpers import Record, class_dls, mk_dls, mk_learn, quiet_fit
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)
+
+def read(log_dir):
+    kinds = 'images','histograms','scalars','tensors'
+    return EventAccumulator(str(log_dir), dict.fromkeys(kinds, 0)).Reload()
+
+def picture(event): return np.asarray(Image.open(BytesIO(event.encoded_image_string))).astype(float)/255
+def text(log): return [o.tensor_proto.string_val[0].decode() for o in log.Tensors('mix/targets/text_summary')]
+def tiles(grid, n, side): return [grid[2+(side+2)*r:, 2+(side+2)*c:][:side,:side] for r in range(n) for c in range(n)]
+
+def picture_learn(*cbs, c=3, side=8, n=20, model=None, **kwargs):
+    g = torch.Generator().manual_seed(1)
+    x,y = torch.rand(n, c, side, side, generator=g),torch.randint(0, 4, (n,), generator=g)
+    return mk_learn(mk_dls([x], [y], bs=10, **kwargs), model or nn.Sequential(nn.Flatten(), nn.Linear(c*side*side, 4)), cbs=list(cbs))
+
+def digit_learn(*cbs, tfm=None, n=80):
+    set_seed(0)
+    dls = image_dls(*(o[:n] for o in digit_images()), bs=16)
+    for dl in dls: dl.after_batch.add(tfm) if tfm else None
+    return Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, 10)), loss_func=CrossEntropyLossFlat(), cbs=list(cbs))
+
+@pytest.mark.parametrize('mixer', [MixUp(.4), MixUp(1., per_batch=True), CutMix(), MixUp(.4, k=3)], ids=str)
+def test_pictures_of_what_was_fed(tmp_path, mixer):
+    rec = Record()
+    quiet_fit(picture_learn(mixer, rec, LogMix(log_dir=tmp_path/'log')), 2)
+    log = read(tmp_path/'log')
+    grids = {name: log.Images(f'mix/{name}') for name in ['mixed','original','difference']}
+    assert all([o.step for o in g]==[1,3] for g in grids.values())
+    for epoch in 0,1:
+        b = rec.batches[2*epoch]
+        mixed,own = [o[:9].permute(0,2,3,1).numpy() for o in (b['mixed'][0],b['xb0'][0])]
+        low,high = min(mixed.min(), own.min()),max(mixed.max(), own.max())
+        for name,expect in dict(mixed=(mixed-low)/(high-low), original=(own-low)/(high-low), difference=abs(mixed-own)/(high-low)).items():
+            for tile,o in zip(tiles(picture(grids[name][epoch]), 3, 8), expect, strict=True): assert abs(tile-o).max() < 1/255
+
+def test_labels_and_shares_in_words(tmp_path):
+    rec = Record()
+    learn = digit_learn(MixUp(.4), rec, LogMix(max_n=4, log_dir=tmp_path))
+    quiet_fit(learn)
+    dls,(y,),plan = learn.dls,rec.batches[0]['yb'],rec.batches[0]['plan']
+    rows = [f'| {i+1} | {lam:.2f} {dls.vocab[y[i]]} + {1-lam:.2f} {dls.vocab[y[j]]} |' for i,(lam,j) in enumerate(zip(plan.lam[:4].tolist(), plan.idx[:4].tolist())) if lam<.99]
+    assert rows and all(row in text(read(tmp_path))[0] for row in rows)
+
+def test_a_normalisation_is_undone(tmp_path):
+    "A picture of fastai's loaders is logged as it was before it was normalised"
+    rec = Record()
+    quiet_fit(digit_learn(MixUp(.4), rec, LogMix(log_dir=tmp_path), tfm=Normalize.from_stats(*imagenet_stats, cuda=False)))
+    mean,std = [np.array(o) for o in imagenet_stats]
+    own = rec.batches[0]['xb0'][0][:9].permute(0,2,3,1).numpy()*std + mean
+    found = tiles(picture(read(tmp_path).Images('mix/original')[0]), 3, 32)
+    assert abs(np.stack(found) - (own-own.min())/(own.max()-own.min())).max() < .02
+
+def test_every_n_batches(tmp_path):
+    quiet_fit(picture_learn(MixUp(.4), LogMix(every=3, log_dir=tmp_path), n=50), 2)
+    assert [o.step for o in read(tmp_path).Images('mix/mixed')] == [3,6,9]
+
+def test_lam_of_an_epoch_and_schedules(tmp_path):
+    rec = Record()
+    quiet_fit(picture_learn(MixUp(SchedLin(.1, 1.)), rec, LogMix(log_dir=tmp_path)), 2)
+    log = read(tmp_path)
+    for i,o in enumerate(log.Histograms('mix/lam')):
+        lam = torch.cat([b['plan'].lam for b in rec.batches[2*i:2*i+2]]).double()
+        h = o.histogram_value
+        assert (h.num,h.min,h.max) == (20,lam.min(),lam.max()) and h.sum==pytest.approx(lam.sum().item())
+    assert len(log.Histograms('mix/lam'))==2
+    alphas = log.Scalars('mix/alpha')
+    assert [o.step for o in alphas]==[1,2,3,4] and alphas[0].value<alphas[-1].value
+
+def test_no_second_writer_beside_fastais(tmp_path):
+    quiet_fit(picture_learn(MixUp(.4), TensorBoardCallback(tmp_path/'theirs', trace_model=False, log_preds=False), LogMix()))
+    log = read(tmp_path/'theirs')
+    assert 'train_loss' in log.Tags()['scalars'] and 'mix/mixed' in log.Tags()['images']
+    assert not (tmp_path/'runs').exists()
+
+def test_wandb_offline(tmp_path, monkeypatch):
+    wandb = pytest.importorskip('wandb', reason='wandb is an optional tool')
+    from fastai.callback.wandb import WandbCallback
+    monkeypatch.setenv('WANDB_SILENT', 'true')
+    monkeypatch.setattr('fastai.callback.wandb._format_config', dict)   # with fastcore 2.2.39 it fails for any number among the arguments
+    logged = []
+    with wandb.init(mode='offline', project='test', dir=tmp_path, settings=wandb.Settings(console='off')) as run:
+        own_log = run.log
+        monkeypatch.setattr(run, 'log', lambda data, *args, **kwargs: (logged.append((data,kwargs.get('step'))), own_log(data, *args, **kwargs))[1])
+        rec = Record()
+        quiet_fit(digit_learn(MixUp(SchedLin(.1, 1.)), rec, WandbCallback(log=None, log_preds=False), LogMix(), n=64), 2)
+        files = sorted((tmp_path/'wandb').glob('offline-run*/files/media/images/mix/mixed*.png'))
+    assert len(files)==2 and not (tmp_path/'runs').exists()
+    grid = mix_grids(rec.batches[0]['xb0'][0][:9], rec.batches[0]['mixed'][0][:9])['mixed'].permute(1,2,0).numpy()
+    assert min(abs(np.asarray(Image.open(f).convert('RGB'))/255 - grid).max() for f in files) <= 1/255
+    assert [step for data,step in logged if 'mix/mixed' in data] == [0,2]
+    assert [step for data,step in logged if 'mix/lam' in data] == [1,3]
+    assert len([1 for data,_ in logged if 'mix/alpha' in data]) == 4
+
+def test_targets_from_a_second_loader(tmp_path):
+    g = torch.Generator().manual_seed(2)
+    second = mk_dls([torch.rand(20, 3, 8, 8, generator=g)], [torch.full((20,), 3)], bs=10).train
+    quiet_fit(picture_learn(MixUp(1., partners=SecondLoader(second)), LogMix(log_dir=tmp_path)))
+    rows = text(read(tmp_path))[0].splitlines()[2:]
+    assert len(rows)==9 and all(row.endswith(' 3 |') for row in rows)
+
+def test_inputs_that_are_no_pictures(tmp_path):
+    "Nothing to draw, but λ and the targets are logged"
+    quiet_fit(mk_learn(class_dls(), cbs=[MixUp(.4), LogMix(log_dir=tmp_path)]))
+    tags = read(tmp_path).Tags()
+    assert not tags['images'] and tags['histograms']==['mix/lam'] and 'mix/targets/text_summary' in tags['tensors']
+
+@pytest.mark.parametrize('c', [1,2,3,5])
+def test_any_number_of_channels(tmp_path, c):
+    quiet_fit(picture_learn(MixUp(.4), LogMix(log_dir=tmp_path), c=c))
+    assert picture(read(tmp_path).Images('mix/mixed')[0]).shape==(32,32,3)
+
+def test_several_pictures_in_a_nest(tmp_path):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out = nn.Linear(2*3*8*8, 4)
+        def forward(self, a, b): return self.out(torch.cat([a,b], 1).flatten(1))
+    x = torch.rand(20, 3, 8, 8)
+    quiet_fit(mk_learn(mk_dls([x,1-x], [torch.arange(20)%4], bs=10, n_inp=2), Two(), cbs=[MixUp(.4), LogMix(log_dir=tmp_path)]))
+    assert {f'mix/{o}{n}' for o in ['mixed','original','difference'] for n in ['','_1']} == set(read(tmp_path).Tags()['images'])
+
+def test_only_where_there_is_training(tmp_path):
+    learn = picture_learn(MixUp(.4), LogMix(), n=100)
+    learn.get_preds()
+    learn.validate()
+    with learn.no_bar(): learn.lr_find(show_plot=False, num_it=20)
+    assert not (tmp_path/'runs').exists()
+
+def test_after_an_interruption(tmp_path):
+    class Stop(Record):
+        def after_batch(self): raise KeyboardInterrupt
+    learn = picture_learn(MixUp(.4), LogMix(log_dir=tmp_path))
+    with pytest.raises(KeyboardInterrupt): quiet_fit(learn, cbs=Stop())
+    quiet_fit(learn)
+    pickle.dumps(learn)
+
+def test_without_a_mixer():
+    with pytest.raises(ValueError, match='no mixer'): quiet_fit(picture_learn(LogMix()))
+
+@pytest.mark.parametrize('every', [0,-1,1.5,'epoch'])
+def test_every_is_checked(every):
+    with pytest.raises(ValueError, match='every must be'): LogMix(every)
+
+def test_flat_pictures():
+    x = torch.ones(2, 1, 4, 4)
+    assert all(o.isfinite().all() for o in mix_grids(x, x).values())
