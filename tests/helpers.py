@@ -1,4 +1,6 @@
 "Small learners, and a callback that records what a fit was fed"
+import faulthandler, os, socket, subprocess, sys, time
+from pathlib import Path
 import torch
 from torch import nn
 from fastai.callback.core import Callback
@@ -40,3 +42,30 @@ def quiet_fit(learn, n_epoch=1, **kwargs):
 def vector(i): return torch.full((6,), i/32).sin()
 def parity(i): return torch.tensor(i%4)
 def exportable_dls(): return Datasets(list(range(32)), [[vector],[parity]], splits=(range(32),range(32))).dataloaders(bs=8, num_workers=0, device='cpu')
+
+def run_ranks(script, out):
+    "Run `script` in two processes that talk to each other, and return what each rank saved by `save_rank` in the folder `out`"
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    env = os.environ | dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', GLOO_SOCKET_IFNAME='lo')
+    pipes = dict(text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    ps = [subprocess.Popen([sys.executable, script, str(out)], env=env | dict(RANK=r, LOCAL_RANK=r), **pipes) for r in '01']
+    try:
+        logs = [p.communicate()[0] for p in ps]
+        assert not any(p.returncode for p in ps), '\n'.join(logs)
+    finally:
+        for p in ps: p.kill()
+    return [torch.load(out/f'{r}.pth') for r in range(2)]
+
+def begin_rank():
+    "The folder to save to, and the rank. A rank that hangs says where, and ends"
+    faulthandler.dump_traceback_later(180, exit=True)
+    return Path(sys.argv[1]),int(os.environ['RANK'])
+
+def save_rank(res, out, rank):
+    "Save `res`, and end at once when both have: once, a rank was seen to abort while the interpreter ended, with all its work done"
+    torch.save(res, out/f'{rank}.tmp')
+    (out/f'{rank}.tmp').rename(out/f'{rank}.pth')
+    while not all((out/f'{r}.pth').exists() for r in range(2)): time.sleep(.1)
+    os._exit(0)

@@ -1,26 +1,11 @@
 "`Learner.distrib_ctx` on two CPU processes with a mixer: the ranks stay in step, see different data and mix it differently"
-import faulthandler, os, socket, subprocess, sys, time
 import pytest, torch
+from helpers import begin_rank, run_ranks, save_rank
 
 cases = 'plain','mixup'
 
 @pytest.fixture(scope='module')
-def ranks(tmp_path_factory):
-    "Run this file as a script in two processes, and return what each rank saved"
-    out = tmp_path_factory.mktemp('distrib')
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    env = os.environ | dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', GLOO_SOCKET_IFNAME='lo')
-    def start(r): return subprocess.Popen([sys.executable, __file__, str(out)], env=env | dict(RANK=r, LOCAL_RANK=r), **pipes)
-    pipes = dict(text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    ps = [start(r) for r in '01']
-    try:
-        logs = [p.communicate()[0] for p in ps]
-        assert not any(p.returncode for p in ps), '\n'.join(logs)
-    finally:
-        for p in ps: p.kill()
-    return [torch.load(out/f'{r}.pth') for r in range(2)]
+def ranks(tmp_path_factory): return run_ranks(__file__, tmp_path_factory.mktemp('distrib'))
 
 @pytest.mark.parametrize('case', cases)
 def test_in_step(ranks, case):
@@ -47,7 +32,7 @@ def test_ranks_with_one_seed_draw_different_lam(ranks):
 
 # What each rank runs. fastai's loader shares out its indices by way of CUDA, which a CPU run has to go round
 if __name__=='__main__':
-    faulthandler.dump_traceback_later(180, exit=True)   # a rank that hangs says where
+    out,rank = begin_rank()
     from fastai.basics import *
     from fastai.distributed import *
     from fastmix.callback import MixUp
@@ -78,9 +63,5 @@ if __name__=='__main__':
         world,backend = torch.distributed.get_world_size(),torch.distributed.get_backend()
         return dict(recs=probe.recs, params=params, values=values, world=world, backend=backend)
 
-    out,rank = Path(sys.argv[1]),rank_distrib()
-    torch.distributed.init_process_group('gloo', init_method=f'file://{out}/init', rank=rank, world_size=num_distrib())
-    res = dict(plain=run(), mixup=run(MixUp(.4)))
-    torch.save(res, out/f'{rank}.pth')
-    while not all((out/f'{r}.pth').exists() for r in range(2)): time.sleep(.1)
-    os._exit(0)   # once, a rank was seen to abort while the interpreter ended, with all its work done
+    torch.distributed.init_process_group('gloo', init_method=f'file://{out}/init', rank=rank, world_size=2)
+    save_rank(dict(plain=run(), mixup=run(MixUp(.4))), out, rank)
