@@ -126,17 +126,19 @@ def pads(self:MixHandler,
     "What stands for padding in `xs`, if there are integers among them and a model that knows"
     return paddings(self.learn.model) if self.learn and any(map(is_code, xs)) else []
 
-# %% ../nbs/03_callback.ipynb #ff62dc50
+# %% ../nbs/03_callback.ipynb #e08ad2ce
 @patch
 def promise(self:MixHandler,
     codes:list, # `Codes`, in the memory of inputs
 ):
-    "Hand `codes` to the model when it is called"
+    "Hand `codes` to the model, or to a part of it, when it is called with the input that they stand for"
     self.unhook()
-    def code(o): return first((c for c in codes if c.data_ptr()==o.data_ptr() and c.shape==o.shape and c.numel())) if isinstance(o, Tensor) else None
-    def give(_, args, kwargs): return map_tensors(lambda o: ifnone(code(o), o), (args,kwargs))
-    self.codes,self.buffers = codes,[(o,o.clone()) for o in self.learn.model.buffers()]
-    self.hooks = self.learn.model.register_forward_pre_hook(give, with_kwargs=True),
+    def is_for(c, o): return c.numel() and c.data_ptr()==o.data_ptr() and c.shape==o.shape
+    def code(o): return o if isinstance(o, Codes) else next((c for c in codes if is_for(c, o)), o)
+    def give(_, args, kwargs): return map_tensors(code, (args,kwargs))
+    model = self.learn.model
+    self.codes,self.buffers = codes,[(o,o.clone()) for o in model.buffers()]
+    self.hooks = [m.register_forward_pre_hook(give, with_kwargs=True) for m in (model,*model.children())]
 
 # %% ../nbs/03_callback.ipynb #ec7aaa49
 @patch

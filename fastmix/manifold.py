@@ -95,7 +95,7 @@ class ManifoldMixUp(MixUp):
             raise RuntimeError(f'The model did not reach its layer {self.layer}, so that this batch was not mixed: name other layers')
         super().after_pred()
 
-# %% ../nbs/08_manifold.ipynb #1ec7ec33
+# %% ../nbs/08_manifold.ipynb #8b85e4be
 @patch
 def hook(self:ManifoldMixUp,
     module:nn.Module, # To mix behind
@@ -104,7 +104,9 @@ def hook(self:ManifoldMixUp,
     self.unhook()
     plan,layer,mine = self.plan,self.layer,[False]
     self.reached = reached = []
-    def entered(_, args): mine[0] = bool(args) and args[0] is self.learn.xb[0]
+    def given(args): return bool(args) and args[0] is self.learn.xb[0]
+    def entered(_, args): mine[0] = given(args)
+    def entered_part(_, args): mine[0] = mine[0] or given(args)
     def mixed(_, args, h):
         if not mine[0]: return
         reached.append(layer)
@@ -112,4 +114,6 @@ def hook(self:ManifoldMixUp,
         self.unhook()
         raise TypeError(f'The layer {layer} is called more than once for a batch, so that there is no telling what to mix: name other layers' if len(reached)>1 else
             f'The layer {layer} gives a {type(h).__name__}, but only a tensor can be mixed: name other layers')
-    self.hooks = self.learn.model.register_forward_pre_hook(entered),module.register_forward_hook(mixed)
+    model = self.learn.model
+    self.hooks = [model.register_forward_pre_hook(entered), module.register_forward_hook(mixed)]
+    self.hooks += [m.register_forward_pre_hook(entered_part) for m in model.children()]

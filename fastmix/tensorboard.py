@@ -17,7 +17,7 @@ from .callback import *
 from .show import *
 
 # %% auto #0
-__all__ = ['mix_grids', 'mix_report', 'write_tensorboard', 'write_wandb', 'mix_writer', 'open_writer', 'check_every', 'LogMix']
+__all__ = ['mix_grids', 'mix_report', 'write_tensorboard', 'write_wandb', 'open_writer', 'check_every', 'LogMix']
 
 # %% ../nbs/10_tensorboard.ipynb #ad15396e
 def _as_shown(x):
@@ -43,24 +43,27 @@ def _as_read(dls, inputs, yb):
     "Inputs without their normalisation"
     return dls.train.decode((*inputs, *yb))[:len(inputs)] if _decodes(dls) else inputs
 
-# %% ../nbs/10_tensorboard.ipynb #cb3fc08d
-def _value(y): return y.tolist() if y.numel()<10 else f'target of shape {tuple(y.shape)}'
+# %% ../nbs/10_tensorboard.ipynb #deafc9d7
+def _value(y, vocab):
+    if y.numel()>9: return f'target of shape {tuple(y.shape)}'
+    return vocab[y] if vocab and not y.ndim and not y.is_floating_point() else y.tolist()
 
-def _captions(dls, plan, inputs, yb, max_n):
+def _captions(dls, plan, inputs, yb, max_n, vocab):
     "For each sample the targets that are weighed, with their shares"
     if _decodes(dls): _,targets,weighed = decode_mix(dls, plan, inputs, yb, max_n)
     else:
         weighed = list(map(plan.weighs, yb))
-        targets = [[tuple(_value(y[j]) for j in row) for y in yb] for row in plan.pairs[:max_n].tolist()]
+        targets = [[tuple(_value(y[j], vocab) for j in row) for y in yb] for row in plan.pairs[:max_n].tolist()]
     shares = plan.shares.expand(plan.pairs.shape).tolist()
     return [', '.join(mix_caption(ws, ys) for ys,w in zip(yss, weighed) if w) for ws,yss in zip(shares, targets)]
 
-# %% ../nbs/10_tensorboard.ipynb #33c44539
+# %% ../nbs/10_tensorboard.ipynb #d9c55f39
 def mix_report(
     mixer:MixHandler, # That has mixed the present batch
     fed:tuple, # Inputs that the network was fed, tensors or nests of them
     dls:DataLoaders=None, # How pictures and targets are decoded; as they are, without
     max_n:int=9, # Report so many samples at most
+    vocab:list=None, # Names of classes, for targets that are not decoded
 ) -> tuple: # Grids, a dict as `mix_grids` makes, empty where there are no pictures; a caption for each sample
     "What the network was fed of the present batch"
     plan,xs,yb = mixer.drawn
@@ -69,9 +72,9 @@ def mix_report(
     labels = [plan.own(y)[:max_n] for y in yb]
     pairs = zip(*(tensors_in(_as_read(dls, nest, labels)) for nest in few))
     grids = [mix_grids(x, mixed) for x,mixed in pairs if x.ndim==4]
-    return {name+f'_{i}'*(i>0): o for i,g in enumerate(grids) for name,o in g.items()},_captions(dls, plan, few[1], yb, max_n)
+    return {name+f'_{i}'*(i>0): o for i,g in enumerate(grids) for name,o in g.items()},_captions(dls, plan, few[1], yb, max_n, vocab)
 
-# %% ../nbs/10_tensorboard.ipynb #ac7b3ec7
+# %% ../nbs/10_tensorboard.ipynb #1e8141cd
 def write_tensorboard(
     writer, # A `SummaryWriter`
     step:int, # Batches so far
@@ -89,7 +92,7 @@ def write_tensorboard(
     if grids or captions: writer.flush()   # to be seen at once
 
 def write_wandb(
-    run, # As `wandb.init` gives
+    log:callable, # Function of a dict and `step`, such as `wandb.run.log`
     step:int, # Of the run
     grids:dict=None, # Pictures, as from `mix_grids`
     captions:list=(), # Of each sample in the pictures
@@ -101,16 +104,9 @@ def write_wandb(
     text = '\n'.join(f'{i}: {o}' for i,o in enumerate(captions, 1))
     shown = {name: wandb.Image((255*o).byte().permute(1,2,0).numpy(), caption=text) for name,o in (grids or {}).items()}
     if lam is not None: shown['lam'] = wandb.Histogram(lam.numpy())
-    run.log({f'mix/{name}': o for name,o in {**shown, **(values or {})}.items()}, step=step)
+    log({f'mix/{name}': o for name,o in {**shown, **(values or {})}.items()}, step=step)
 
-# %% ../nbs/10_tensorboard.ipynb #27424768
-def mix_writer(
-    o, # A `SummaryWriter`, or a run of Weights & Biases
-) -> callable: # `write_tensorboard` or `write_wandb`, for `o`; None for anything else
-    "How mixtures are logged by `o`, if it can take pictures"
-    if hasattr(o, 'add_image'): return partial(write_tensorboard, o)
-    return partial(write_wandb, o) if type(o).__module__.split('.')[0]=='wandb' else None
-
+# %% ../nbs/10_tensorboard.ipynb #ab7dcfc1
 def open_writer(
     log_dir:str=None, # A new folder under runs/ by default
 ): # A `SummaryWriter`
@@ -166,13 +162,14 @@ class LogMix(Callback):
         if self.own: self.own.close()
         self.own = None
 
-# %% ../nbs/10_tensorboard.ipynb #d34abe14
+# %% ../nbs/10_tensorboard.ipynb #9cac9832
 @patch
-def writers(self:LogMix) -> list: # Pairs of an object as `mix_writer` takes, and the step that it is at
-    "Where to write: what fastai's callbacks write to, or a writer of its own"
+def writers(self:LogMix) -> list: # Functions such as `write_tensorboard`, given where to write and the step that it is at
+    "How to write to what fastai's callbacks write to, or to a writer of its own"
     cbs = [vars(cb) for cb in self.learn.cbs if cb is not self]
-    found = [(o['writer'],self.train_iter) for o in cbs if 'writer' in o] + [(sys.modules['wandb'].run,o['_wandb_step']) for o in cbs if '_wandb_step' in o]
-    return [(self.own,self.train_iter)] if self.own else found
+    boards = [self.own] if self.own else [o['writer'] for o in cbs if 'writer' in o]
+    runs = [] if self.own else [(sys.modules['wandb'].run.log,o['_wandb_step']) for o in cbs if '_wandb_step' in o]
+    return [partial(write_tensorboard, o, self.train_iter) for o in boards] + [partial(write_wandb, *o) for o in runs]
 
 @patch
 def write(self:LogMix,
@@ -180,4 +177,4 @@ def write(self:LogMix,
     **kwargs
 ):
     "Write it everywhere"
-    for o,step in self.writers(): mix_writer(o)(step, *args, **kwargs)
+    for f in self.writers(): f(*args, **kwargs)

@@ -32,8 +32,7 @@ def test_as_one_process_would_train(ranks, way):
         (sum(means)/2).backward()
         opt.step()
         opt.zero_grad()
-    for p,q,r in zip(model.parameters(), a['params'], b['params']):
-        assert q.equal(r) and torch.allclose(p, q, atol=1e-5)
+    for p,q,r in zip(model.parameters(), a['params'], b['params']): assert q.equal(r) and torch.allclose(p, q, atol=1e-5)
 
 @pytest.mark.parametrize('way', ways)
 def test_ranks_see_other_data_and_mix_it_otherwise(ranks, way):
