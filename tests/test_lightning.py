@@ -31,12 +31,11 @@ def digits(n=96):
     x,y = load_digits(return_X_y=True)
     return torch.tensor(x[:n]).float().view(-1, 1, 8, 8)/16,torch.tensor(y[:n])
 
-shapes = dict(
-    dict=(lambda x, y: dict(img=x, label=y), {}),
-    keys=(lambda x, y: dict(image=x, target=y, name='a'), dict(x='image', y='target')),
-    tuple=(lambda x, y: (x,y), {}),
-    namedtuple=(Pair, {}),
-    nested=(lambda x, y: dict(views=[x,'left'], meta=dict(cls=y)), dict(x=('views',0), y=('meta','cls'))))
+def as_dict(x, y): return dict(img=x, label=y)
+def with_keys(x, y): return dict(image=x, target=y, name='a')
+def as_tuple(x, y): return x,y
+def nested(x, y): return dict(views=[x,'left'], meta=dict(cls=y))
+shapes = dict(dict=(as_dict,{}), keys=(with_keys,dict(x='image', y='target')), tuple=(as_tuple,{}), namedtuple=(Pair,{}), nested=(nested,dict(x=('views',0), y=('meta','cls'))))
 
 def loader(shape='dict', bs=16, n=96, shuffle=True): return DataLoader([shapes[shape][0](*o) for o in zip(*digits(n))], batch_size=bs, shuffle=shuffle)
 
@@ -338,10 +337,10 @@ def test_schedules_follow_the_training():
 # Errors
 def test_what_is_wrong_is_said_before_training():
     module = Digits()
-    for kwargs,match in [(dict(keys=dict(loss='criterion')), "Digits has no loss 'criterion'.*Losses among its attributes: loss_func"),
-            (dict(keys=dict(x='image')), "'image' is not in a dict with the keys 'img', 'label'")]:
+    wrong = {'loss':"Digits has no loss 'criterion'.*Losses among its attributes: loss_func", 'x':"'criterion' is not in a dict with the keys 'img', 'label'"}
+    for name,match in wrong.items():
         before = deepcopy(module.state_dict())
-        with pytest.raises(ValueError, match=match): fit(module, MixUp(1.), **kwargs)
+        with pytest.raises(ValueError, match=match): fit(module, MixUp(1.), keys={name:'criterion'})
         assert is_clean(module) and all(before[k].equal(v) for k,v in module.state_dict().items())
     with pytest.raises(TypeError, match='mixer must be a mixer'): Mixing(.4)
     with pytest.raises(ValueError, match='length of the training must be known'): fit(module, MixUp(SchedLin(.1, 1.)), max_epochs=-1)
