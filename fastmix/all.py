@@ -9,3 +9,5 @@ from fastmix.metrics import *
 from fastmix.check import *
 from fastmix.manifold import *
 from fastmix.tensorboard import *
+from fastmix.pytorch import *
+from fastmix.gan import *

@@ -1,0 +1,210 @@
+"`GANMixUp` and `gan_mix_loss` on the digits: exact losses, a generator left alone, each way out of a fit"
+import pickle
+from copy import copy, deepcopy
+import pytest, torch, torch.nn.functional as F
+from fastai.callback.core import Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException
+from fastai.data.core import DataLoaders, TfmdDL
+from fastai.optimizer import SGD
+from fastai.torch_core import set_seed
+from fastai.vision.gan import FixedGANSwitcher, GANLearner
+from sklearn.datasets import load_digits
+from torch import nn
+from fastmix.core import draw_lam, private_rng
+from fastmix.gan import GANMixUp, GaussianBatches, gan_mix_loss, grid, mode_coverage, ring
+from helpers import mk_learn, quiet_fit
+
+pytestmark = pytest.mark.filterwarnings('ignore:You are shadowing')
+
+class Pictures:
+    "Batches of noise and of digits"
+    x = torch.tensor(load_digits().data).float()[:320].view(-1, 32, 1, 8, 8)/16
+    def __init__(self, n=12): self.n = n
+    def __len__(self): return self.n
+    def __getitem__(self, i): return torch.randn(32, 5),self.x[i%len(self.x)]
+
+def gen_loss_func(pred, output, target): return F.softplus(-pred).mean()
+def crit_loss_func(real_pred, fake_pred): return (F.softplus(-real_pred) + F.softplus(fake_pred)).mean()/2
+def mk_gan(*cbs, cls=GANLearner, sigmoid=False, noise=5, **kwargs):
+    torch.manual_seed(0)
+    generator = nn.Sequential(nn.Linear(noise, 64), nn.Sigmoid(), nn.Unflatten(1, (1,8,8)))
+    critic = nn.Sequential(nn.Flatten(), nn.Linear(64, 1), *[nn.Sigmoid()]*sigmoid)
+    dls = DataLoaders(*(TfmdDL(Pictures(n), bs=None, num_workers=0) for n in (12,2)))
+    losses = (gen_loss_func,crit_loss_func) if cls is GANLearner else ()
+    learn = cls(dls, generator, critic, *losses, switcher=FixedGANSwitcher(n_crit=2, n_gen=1), cbs=list(cbs), **kwargs)
+    return learn.remove_cbs([cb for cb in learn.cbs if cb.name=='progress'])
+
+class Record(Callback):
+    order = 2
+    def before_fit(self): self.recs,self.evals = [],[]
+    def before_batch(self): self.recs.append(dict(gen=self.gan_trainer.gen_mode, own=copy(vars(self.loss_func).get('critic'))))
+    def after_loss(self):
+        o,cb = self.recs[-1],getattr(self.learn, 'gan_mix_up', None)
+        o.update(x=self.x, y=self.y, pred=self.pred.detach(), loss=self.learn.loss.item(), lam=cb and cb.lam, model=deepcopy(self.model))
+        if not self.training: self.evals.append(self.recs.pop())
+
+class Real(Callback):
+    "What the critic would have been shown, before it was mixed"
+    order,run_valid = .5,False
+    def before_fit(self): self.batches = []
+    def before_batch(self): self.batches.append((self.x,self.y))
+
+def bce(logit, lam):
+    d = logit.double().sigmoid()
+    return -(lam*d.log() + (1-lam)*(1-d).log())
+
+@pytest.mark.parametrize('alpha', [.2,1.,8.])
+def test_the_critic_is_shown_mixtures_and_told_their_share(alpha):
+    rec,real = Record(),Real()
+    quiet_fit(mk_gan(GANMixUp(alpha), rec, real, switch_eval=False), 2)
+    crit = [(o,b) for o,b in zip(rec.recs, real.batches) if not o['gen']]
+    assert len(rec.recs)==24 and len(crit)==16
+    for o,(x,z) in crit:
+        fake,lam = o['model'].generator(z).detach(),o['lam']
+        for m,a,b,w in zip(o['x'], x, fake, lam): assert torch.allclose(m, w*a + (1-w)*b, atol=1e-6)
+        assert o['loss']==pytest.approx(bce(o['model'].critic(o['x'])[:,0], lam).mean().item(), abs=1e-5)
+    lams = torch.stack([o['lam'] for o,_ in crit])
+    assert lams.min()<.5<lams.max() and len(lams.unique(dim=0))==16
+
+def test_the_generator_and_validation_are_as_they_were():
+    rec = Record()
+    quiet_fit(mk_gan(GANMixUp(.2), rec))
+    for o in [o for o in rec.recs if o['gen']]+rec.evals:
+        assert o['loss']==pytest.approx(F.softplus(-o['model'].critic(o['pred'])).mean().item(), abs=1e-5)
+    assert len(rec.evals)==2
+
+def test_the_papers_minimax():
+    rec = Record()
+    learn = mk_gan(GANMixUp(.5, minimax=True), rec, switch_eval=False)
+    quiet_fit(learn, 2)
+    gen = [o for o in rec.recs if o['gen']]
+    for o in gen:
+        mixed = torch.stack([w*a + (1-w)*b for a,b,w in zip(o['y'], o['pred'], o['lam'])])
+        assert o['loss']==pytest.approx(-bce(o['model'].critic(mixed)[:,0], o['lam']).mean().item(), abs=1e-5)
+    assert len(gen)==8 and not {'critic','generator'} & vars(learn.loss_func).keys()
+
+def test_minimax_moves_the_generator_uphill():
+    before,after = [],[]
+    class Look(Callback):
+        order,run_valid = 2,False
+        def loss(self):
+            cb,(real,) = self.learn.gan_mix_up,self.yb
+            with torch.no_grad(): return gan_mix_loss(self.model.critic, real, self.model.generator(self.x), cb.lam).item()
+        def before_step(self): before.append(self.loss()) if self.gan_trainer.gen_mode else None
+        def after_step(self): after.append(self.loss()) if self.gan_trainer.gen_mode else None
+    quiet_fit(mk_gan(GANMixUp(.5, minimax=True), Look(), switch_eval=False, opt_func=SGD), 2)
+    assert len(before)==8 and all(a>b for a,b in zip(after, before))
+
+def params(learn): return torch.cat([p.detach().flatten() for p in learn.model.parameters()])
+
+def test_off_is_off():
+    a,b = mk_gan(),mk_gan(GANMixUp(0))
+    for o in a,b:
+        torch.manual_seed(3)
+        quiet_fit(o, 2)
+    assert params(a).equal(params(b))
+
+def test_global_streams_are_left_alone():
+    noise = []
+    class Noise(Callback):
+        order = .5
+        def before_batch(self): noise[-1].append((self.x if self.gan_trainer.gen_mode else self.y).clone())
+    for cbs in [],[GANMixUp(.5)]:
+        noise.append([])
+        torch.manual_seed(3)
+        quiet_fit(mk_gan(Noise(), *cbs))
+    assert all(map(torch.equal, *noise))
+
+def test_the_same_after_the_same_seed():
+    a,b = mk_gan(GANMixUp(.5)),mk_gan(GANMixUp(.5))
+    for o in a,b: quiet_fit(set_seed(4) or o)
+    assert params(a).equal(params(b))
+
+def test_a_critic_that_ends_in_a_sigmoid():
+    rec = Record()
+    quiet_fit(mk_gan(GANMixUp(.5, loss_func=F.binary_cross_entropy), rec, sigmoid=True, switch_eval=False))
+    for o in [o for o in rec.recs if not o['gen']]: assert o['loss']==pytest.approx(bce(o['pred'].logit()[:,0], o['lam']).mean().item(), abs=1e-4)
+
+def test_a_wasserstein_generator_is_refused():
+    learn = mk_gan(GANMixUp(.2), cls=GANLearner.wgan)
+    before = params(learn)
+    with pytest.raises(ValueError, match=r'as in a Wasserstein GAN.*GANMixUp\(minimax=True\)'): quiet_fit(learn)
+    # fastai's clipping of the critic's weights comes before
+    assert not {'critic','generator'} & vars(learn.loss_func).keys() and params(learn).shape==before.shape
+    quiet_fit(mk_gan(GANMixUp(.2, minimax=True), cls=GANLearner.wgan))
+
+def test_other_learners_are_refused():
+    x,y = torch.randn(16, 6),torch.arange(16)%4
+    dls = DataLoaders.from_dsets(list(zip(x, y)), list(zip(x, y)), bs=8, num_workers=0, device='cpu')
+    with pytest.raises(TypeError, match='critic of a GANLearner is shown, but this is a Learner'): quiet_fit(mk_learn(dls, cbs=GANMixUp()))
+    with pytest.raises(ValueError, match='alpha must be'): GANMixUp(-1)
+
+def test_a_generator_of_another_shape():
+    learn = mk_gan(GANMixUp(.2))
+    learn.model.generator[2] = nn.Unflatten(1, (1,4,16))
+    with pytest.raises(ValueError, match=r'shape \(32, 1, 4, 16\) can not be mixed with a real one of shape \(32, 1, 8, 8\)'): quiet_fit(learn)
+
+class Stop(Callback):
+    run_valid = False
+    def __init__(self, event, error, order, n=3): self.event,self.error,self.order,self.n = event,error,order,n
+    def __call__(self, event_name):
+        if event_name==self.event and self.learn.training:
+            self.n -= 1
+            if not self.n: raise self.error
+
+errors = KeyboardInterrupt,CancelBatchException,CancelTrainException,CancelEpochException,CancelFitException
+@pytest.mark.parametrize('error', errors)
+@pytest.mark.parametrize('event', ['before_batch','after_pred','after_loss','before_step','after_batch'])
+@pytest.mark.parametrize('minimax', [False,True])
+def test_each_way_out_of_a_fit(event, error, minimax):
+    "Leaves fastai's own loss, at the latest when the learner is next used, exported or trained"
+    cb = GANMixUp(.5, minimax=minimax)
+    learn = mk_gan(cb, switch_eval=False)
+    try: quiet_fit(learn, cbs=Stop(event, error, order=5))
+    except (KeyboardInterrupt,CancelBatchException): pass   # the second one where fastai does not catch it, either
+    learn.loss_func.switch(True)
+    z,x = learn.dls.valid.one_batch()
+    fake = learn.model.generator(z)
+    assert learn.loss_func(fake, x).item()==pytest.approx(F.softplus(-learn.model.critic(fake)).mean().item(), abs=1e-5)
+    pickle.dumps(learn)
+    assert not {'critic','generator'} & vars(learn.loss_func).keys()
+    rec = Record()
+    quiet_fit(learn, cbs=rec)
+    for o in [o for o in rec.recs if not o['gen']]: assert o['loss']==pytest.approx(bce(o['pred'][:,0], o['lam']).mean().item(), abs=1e-5)
+
+def test_targets_that_others_have_replaced():
+    class Other(Callback):
+        order,run_valid = 8,False
+        def before_batch(self): self.learn.yb = tuple(o.clone() for o in self.yb)
+    with pytest.raises(RuntimeError, match='its loss was not mixed'): quiet_fit(mk_gan(GANMixUp(.5), Other()))
+
+def test_a_plain_loop():
+    "As the formula, from a critic written out by hand"
+    torch.manual_seed(0)
+    g,d,rng,data = nn.Linear(5, 64),nn.Linear(64, 1),private_rng(),Pictures()
+    opt = torch.optim.SGD(d.parameters(), lr=.1)
+    for z,real in map(data.__getitem__, range(len(data))):
+        real,lam = real.flatten(1),draw_lam(32, .5, rng, fold=False)
+        fake = g(z).detach()
+        logit = torch.stack([(w*a + (1-w)*b) @ d.weight[0] + d.bias[0] for a,b,w in zip(real, fake, lam)])
+        loss = gan_mix_loss(d, real, fake, lam)
+        assert loss.item()==pytest.approx(bce(logit, lam).mean().item(), abs=1e-5)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+
+@pytest.mark.parametrize('shape', [(32,),(32,1),(32,1,2,2)])
+def test_critics_of_any_output(shape):
+    pred,lam = torch.randn(shape),torch.rand(32)
+    loss = gan_mix_loss(lambda x: pred, torch.rand(32, 3), torch.rand(32, 3), lam)
+    want = torch.stack([bce(p, w).mean() for p,w in zip(pred, lam)]).mean()
+    assert loss.item()==pytest.approx(want.item(), abs=1e-5)
+
+def test_toys():
+    torch.manual_seed(0)
+    for centres,n in [(ring(),8),(ring(5),5),(grid(),25),(grid(3),9)]:
+        assert centres.shape==(n,2) and centres.mean(0).abs().max()<1e-6
+        assert mode_coverage(GaussianBatches(centres, std=.1).draw(5000), centres, .1)[0]==n
+    half = torch.cat([grid()[:3],grid()[:3]+.4])
+    assert mode_coverage(half, grid(), .1)==(3,.5)
+    z,x = GaussianBatches(grid(), bs=16).dls().one_batch()
+    assert z.shape==x.shape==(16,2)
