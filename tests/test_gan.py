@@ -145,7 +145,7 @@ def test_a_generator_of_another_shape():
 
 class Stop(Callback):
     run_valid = False
-    def __init__(self, event, error, order, n=3): self.event,self.error,self.order,self.n = event,error,order,n
+    def __init__(self, event, error, order, n): self.event,self.error,self.order,self.n = event,error,order,n
     def __call__(self, event_name):
         if event_name==self.event and self.learn.training:
             self.n -= 1
@@ -159,7 +159,7 @@ def test_each_way_out_of_a_fit(event, error, minimax):
     "Leaves fastai's own loss, at the latest when the learner is next used, exported or trained"
     cb = GANMixUp(.5, minimax=minimax)
     learn = mk_gan(cb, switch_eval=False)
-    try: quiet_fit(learn, cbs=Stop(event, error, order=5))
+    try: quiet_fit(learn, cbs=Stop(event, error, order=5, n=3 if minimax else 2))   # in a batch of the generator, or of the critic
     except (KeyboardInterrupt,CancelBatchException): pass   # the second one where fastai does not catch it, either
     learn.loss_func.switch(True)
     z,x = learn.dls.valid.one_batch()
