@@ -38,13 +38,29 @@ def test_metadata(wheel, root):
     assert sorted(needs) == sorted(settings['DEFAULT']['requirements'].split())
     assert {f'{o}_requirements' for o in meta.get_all('Provides-Extra')} == settings['DEFAULT'].keys() - {'requirements'}
 
+# What is run in an environment that has no extras
+without_extras = '''
+import fastmix, pkgutil, sys
+from importlib import import_module
+from importlib.metadata import version
+for m in pkgutil.iter_modules(fastmix.__path__):
+    try: import_module(f'fastmix.{m.name}')
+    except ImportError as e: assert m.name=='lightning' and 'pip install "fastmix[lightning]"' in str(e), (m.name,e)
+    else: assert m.name!='lightning'
+assert not {'lightning','tensorboard','wandb','torchmetrics','timm','accelerate'} & sys.modules.keys()
+from fastmix.tensorboard import open_writer
+try: open_writer()
+except ImportError as e: assert 'pip install "fastmix[tensorboard]"' in str(e)
+else: assert False
+print(fastmix.__file__, version('fastmix'))
+'''
+
 def test_install(wheel, root, tmp_path):
-    "The wheel alone, in an environment of its own, imported from elsewhere"
+    "The wheel alone, in an environment of its own, imported from elsewhere: all but `fastmix.lightning` works without extras"
     env = tmp_path/'env'
     python = env/('Scripts/python.exe' if sys.platform=='win32' else 'bin/python')
     run(uv, 'venv', '--python', sys.executable, env)
     run(uv, 'pip', 'install', '--python', python, '--constraint', root/'constraints.txt', wheel)
-    code = 'import fastmix, fastmix.all; from importlib.metadata import version; print(fastmix.__file__, version("fastmix"))'
-    file,version = run(python, '-I', '-c', code, cwd=tmp_path).split()
+    file,version = run(python, '-I', '-c', without_extras, cwd=tmp_path).split()
     import fastmix
     assert Path(file).is_relative_to(env.resolve()) and version==fastmix.__version__
