@@ -18,7 +18,7 @@ from .callback import *
 # %% auto #0
 __all__ = ['share_loss', 'mix_real_fake', 'gan_mix_loss', 'GANMixUp', 'ring', 'grid', 'GaussianBatches', 'mode_coverage']
 
-# %% ../nbs/13_gan.ipynb #25f0dc15
+# %% ../nbs/13_gan.ipynb #295868bd
 def share_loss(
     pred:Tensor, # (bs, ...) What the critic says of each mixture
     lam:Tensor, # (bs,) The share of the real sample in it
@@ -27,6 +27,7 @@ def share_loss(
     "How far the critic is from telling the share of the real sample"
     return loss_func(plain(pred), unsqueeze_as(lam, pred).expand_as(pred).to(pred.dtype))
 
+# %% ../nbs/13_gan.ipynb #6ebb0fb0
 def mix_real_fake(
     real:Tensor, # (bs, ...) Samples
     fake:Tensor, # (bs, ...) What the generator has made
@@ -87,7 +88,7 @@ class GANMixUp(Callback):
         self.unhook()
     after_cancel_batch = after_fit
 
-# %% ../nbs/13_gan.ipynb #d091c1df
+# %% ../nbs/13_gan.ipynb #0fd6aa35
 @patch
 def hook(self:GANMixUp,
     name:str, # 'critic' or 'generator'
@@ -104,13 +105,14 @@ def hook(self:GANMixUp,
     vars(self.learn.loss_func)[name] = loss
     self.hooked,self.used = (self.learn.loss_func,name),False
 
+# %% ../nbs/13_gan.ipynb #e98a9851
 @patch
 def unhook(self:GANMixUp):
     "Put the learner's own loss back, and forget the batch"
     if self.hooked: vars(self.hooked[0]).pop(self.hooked[1], None)
     self.hooked = self.batch = None
 
-# %% ../nbs/13_gan.ipynb #44b4da59
+# %% ../nbs/13_gan.ipynb #3fb5e034
 @patch
 def show_mixture(self:GANMixUp,
     real:Tensor, # (bs, ...) Samples
@@ -122,6 +124,7 @@ def show_mixture(self:GANMixUp,
     self.hook('critic', noise[0], self.crit_loss)
     self.batch = real,fake
 
+# %% ../nbs/13_gan.ipynb #368eacc6
 @patch
 def crit_loss(self:GANMixUp, pred):
     "The critic's loss on the present mixture"
@@ -129,6 +132,7 @@ def crit_loss(self:GANMixUp, pred):
     self.learn.loss_func.crit_loss = share_loss(pred, self.lam, self.loss_func)
     return self.learn.loss_func.crit_loss
 
+# %% ../nbs/13_gan.ipynb #712f5b7e
 @patch
 def gen_loss(self:GANMixUp, output):
     "The generator's loss: the critic's on a mixture, maximised"
@@ -150,7 +154,7 @@ def check_direction(self:GANMixUp,
     raise ValueError('The loss of the generator falls as the critic finds its samples less real, as in a Wasserstein GAN, but GANMixUp teaches '
         'the critic the share of the real sample: give GANLearner a gen_loss_func that wants high predictions, or take GANMixUp(minimax=True)')
 
-# %% ../nbs/13_gan.ipynb #da0de813
+# %% ../nbs/13_gan.ipynb #c8eaf4e0
 def ring(
     n:int=8, # How many Gaussians
     radius:float=2., # Of the ring
@@ -159,6 +163,7 @@ def ring(
     at = torch.arange(n)*(2*math.pi/n)
     return radius*torch.stack([at.cos(), at.sin()], 1)
 
+# %% ../nbs/13_gan.ipynb #de66fe33
 def grid(
     n:int=5, # Gaussians along each side
     step:float=1., # From one to the next

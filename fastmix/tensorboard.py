@@ -74,7 +74,7 @@ def mix_report(
     grids = [mix_grids(x, mixed) for x,mixed in pairs if x.ndim==4]
     return {name+f'_{i}'*(i>0): o for i,g in enumerate(grids) for name,o in g.items()},_captions(dls, plan, few[1], yb, max_n, vocab)
 
-# %% ../nbs/10_tensorboard.ipynb #1e8141cd
+# %% ../nbs/10_tensorboard.ipynb #f7747e04
 def write_tensorboard(
     writer, # A `SummaryWriter`
     step:int, # Batches so far
@@ -85,12 +85,13 @@ def write_tensorboard(
 ):
     "Write pictures, captions as a table, λ as a histogram and numbers as curves, under mix/"
     for name,o in (grids or {}).items(): writer.add_image(f'mix/{name}', o, step)
-    rows = ['| | |','|---|---|'] + [f'| {i} | {o} |' for i,o in enumerate(captions, 1)]
+    rows = ['| picture | targets, by their shares |','|---|---|'] + [f'| {i} | {o} |' for i,o in enumerate(captions, 1)]
     if captions: writer.add_text('mix/targets', '\n'.join(rows), step)
     if lam is not None: writer.add_histogram('mix/lam', lam, step)
     for name,o in (values or {}).items(): writer.add_scalar(f'mix/{name}', o, step)
     if grids or captions: writer.flush()   # to be seen at once
 
+# %% ../nbs/10_tensorboard.ipynb #d6141c26
 def write_wandb(
     log:callable, # Function of a dict and `step`, such as `wandb.run.log`
     step:int, # Of the run
@@ -162,7 +163,7 @@ class LogMix(Callback):
         if self.own: self.own.close()
         self.own = None
 
-# %% ../nbs/10_tensorboard.ipynb #9cac9832
+# %% ../nbs/10_tensorboard.ipynb #19cd8945
 @patch
 def writers(self:LogMix) -> list: # Functions such as `write_tensorboard`, given where to write and the step that it is at
     "How to write to what fastai's callbacks write to, or to a writer of its own"
@@ -171,6 +172,7 @@ def writers(self:LogMix) -> list: # Functions such as `write_tensorboard`, given
     runs = [] if self.own else [(sys.modules['wandb'].run.log,o['_wandb_step']) for o in cbs if '_wandb_step' in o]
     return [partial(write_tensorboard, o, self.train_iter) for o in boards] + [partial(write_wandb, *o) for o in runs]
 
+# %% ../nbs/10_tensorboard.ipynb #e206050a
 @patch
 def write(self:LogMix,
     *args, # For `write_tensorboard` and `write_wandb`, after `step`

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from fastmix.callback import CutMix, MixUp, OneOf
 from fastmix.core import BlendPlan, derange
 from fastmix.data import SecondLoader
+from fastmix.mixes import Blend
 from fastmix.lightning import Mixing, MixMonitor, shadowed
 from fastmix.manifold import ManifoldMixUp
 from fastmix.tensorboard import mix_grids
@@ -99,7 +100,7 @@ def test_batches_of_any_shape(shape):
     assert is_clean(module)
 
 @pytest.mark.parametrize('mixer', [MixUp(1., per_batch=True), MixUp(1., fold=False), MixUp(1., k=3), CutMix(), OneOf(MixUp(1.), CutMix(), None, per_batch=False),
-    MixUp(1., p=.5), MixUp(1., partners=derange), MixUp(1., soft=True), MixUp(0)], ids=str)
+    Blend(1.), MixUp(1., p=.5), MixUp(1., partners=derange), MixUp(1., soft=True), MixUp(0)], ids=str)
 def test_every_mixer(mixer):
     module = Digits()
     fit(module, mixer)
