@@ -372,13 +372,14 @@ class CutMixUp(OneOf):
 def _rest(p): return partial(_complement, p) if callable(p) else 1-check_share('cut_p', p)
 def _complement(p, pct): return 1-p(pct)
 
-# %% ../nbs/03_callback.ipynb #f73496c1
+# %% ../nbs/03_callback.ipynb #9a58dcd2
 _learner_state = Learner.__getstate__
 
 @patch
 def __getstate__(self:Learner):
     "The state to pickle, without mixers that are attached for the running fit alone"
-    for cb in self.cbs: getattr(type(cb), 'unhook', noop)(cb)   # hooks of an interrupted batch
+    for cb in self.cbs:
+        if isinstance(cb, MixHandler): cb.unhook()
     gone = [cb for cb in self.cbs if isinstance(cb, MixHandler) and cb.for_this_fit]
     state = {k:v for k,v in _learner_state(self).items() if not any(v is cb for cb in gone)}
     own = L(self.metrics).filter(lambda m: not isinstance(m, ScheduledValue))

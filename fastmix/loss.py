@@ -289,10 +289,10 @@ def lerp_loss(
     check_loss(loss_func, plan, pred, ybs)
     return _lerp_other(loss_func, plan, pred, ybs)
 
-# %% ../nbs/02_loss.ipynb #5d72ec7c
+# %% ../nbs/02_loss.ipynb #982837bf
 class MixLoss:
     "`loss_func`, mixed for the targets that it is armed with; for all others, and in all else, `loss_func` itself"
-    _own = {'loss_func','force_y_int','soft','plan','mixed','pool','targets','used'}
+    _own = {'loss_func','force_y_int','soft','plan','mixed','pool','targets','used','called'}
     def __init__(self,
         loss_func, # Loss, as a fastai `Learner` takes it
         y_int:bool=None, # Mix the losses (True) or the targets (False)? Else as `loss_func` and the target's type say
@@ -303,7 +303,7 @@ class MixLoss:
 
     def disarm(self):
         "Expect nothing"
-        self.plan,self.mixed,self.pool,self.targets,self.used = None,[],(),(),False
+        self.plan,self.mixed,self.pool,self.targets,self.used,self.called = None,[],(),(),False,()
 
     def __getattr__(self, name):
         if name in MixLoss._own: raise AttributeError(name)
@@ -351,20 +351,35 @@ def armed_for(self:MixLoss, yb) -> bool:
     "Are the losses to be mixed for `yb`, the same memory that the loss was armed with?"
     return any(self.mixed) and len(yb)==len(self.targets) and all(map(_same, yb, self.targets))
 
-# %% ../nbs/02_loss.ipynb #0ec007ce
+# %% ../nbs/02_loss.ipynb #286efa2b
+def _reads(y, c):
+    if not (isinstance(y, Tensor) and isinstance(c, Tensor)): return False
+    if y.untyped_storage().data_ptr()==c.untyped_storage().data_ptr(): return True
+    return y.numel()==c.numel() and torch.allclose(y.float().flatten(), c.float().flatten().to(y.device), rtol=.01, atol=.01)
+
+@patch
+def reads(self:MixLoss, yb) -> bool:
+    "Has the loss been called with `yb`: their memory, a part of it, or their values?"
+    return all(any(_reads(y, c) for c in self.called) for y in yb)
+
+# %% ../nbs/02_loss.ipynb #f352ee37
 @patch
 def __call__(self:MixLoss,
-    pred, # Predictions for the mixed inputs
+    pred=None, # Predictions for the mixed inputs
     *yb, # Targets, each (bs, ...)
     plan:Plan=None, # In a loop without a `Learner`: arm for `plan` and `yb` first
-    **kwargs # For `loss_func`
+    **kwargs # For `loss_func`; `input` and `target` are predictions and targets, as in PyTorch
 ) -> Tensor: # Reduced as `loss_func` reduces
     "The mixed loss where armed for `yb`, else `loss_func(pred, *yb)`"
+    if 'target' in kwargs: yb = *yb,kwargs.pop('target')
+    if 'input' in kwargs: pred = kwargs.pop('input')
     if plan is not None:
         try: return self(pred, *self.arm(plan, yb), **kwargs)
         finally: self.disarm()
     loss_func = partial(self.loss_func, **kwargs) if kwargs else self.loss_func
-    if not self.armed_for(yb): return loss_func(pred, *yb)
+    if not self.armed_for(yb):
+        self.called += yb
+        return loss_func(pred, *yb)
     self.used = True
     if self.soft and all(self.mixed): return soft_loss(loss_func, self.plan, pred, self.pool)
     return lerp_loss(loss_func, self.plan, pred, self.pool, self.mixed)

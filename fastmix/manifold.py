@@ -57,7 +57,7 @@ def find_layers(
     if res: return res
     raise ValueError(f'layers must name what to mix behind, but it is {layers!r}')
 
-# %% ../nbs/08_manifold.ipynb #d7a22762
+# %% ../nbs/08_manifold.ipynb #a0d7bfd5
 class ManifoldMixUp(MixUp):
     "Blend what a layer, drawn for each batch, makes of each training sample with what it makes of another: [manifold mixup](https://arxiv.org/abs/1806.05236)"
     @delegates(MixUp)
@@ -93,21 +93,37 @@ class ManifoldMixUp(MixUp):
         if missed:
             self.unhook()
             raise RuntimeError(f'The model did not reach its layer {self.layer}, so that this batch was not mixed: name other layers')
+        kept,self.hooks = (self.hooks,()) if not self.codes else ((),self.hooks)
         super().after_pred()
+        self.hooks = kept
 
-# %% ../nbs/08_manifold.ipynb #8b85e4be
+    def before_backward(self):
+        "Mix again what checkpointing computes again"
+        self.again = True
+
+    def after_backward(self):
+        "Mix nothing any more"
+        self.again = False
+
+    def after_batch(self):
+        "Take the hook off, and disarm the loss"
+        self.unhook()
+        super().after_batch()
+
+# %% ../nbs/08_manifold.ipynb #e91c2864
 @patch
 def hook(self:ManifoldMixUp,
     module:nn.Module, # To mix behind
 ):
     "Mix what `module` makes of the present batch. One that is called again, as for a second input, is an error"
     self.unhook()
-    plan,layer,mine = self.plan,self.layer,[False]
+    plan,layer,mine,self.again = self.plan,self.layer,[False],False
     self.reached = reached = []
     def given(args): return bool(args) and args[0] is self.learn.xb[0]
     def entered(_, args): mine[0] = given(args)
     def entered_part(_, args): mine[0] = mine[0] or given(args)
     def mixed(_, args, h):
+        if self.again: return plan.mix(h)
         if not mine[0]: return
         reached.append(layer)
         if isinstance(h, Tensor) and len(reached)==1: return plan.mix(h)

@@ -49,7 +49,13 @@ def _replaced(o, path, value):
     items[key] = value
     return type(o)(*items) if hasattr(o, '_fields') else type(o)(items)
 
-# %% ../nbs/11_pytorch.ipynb #1b758377
+# %% ../nbs/11_pytorch.ipynb #5252f4c4
+def _others(batch, paths):
+    "Positions in a tuple that none of `paths` leads into"
+    taken = {(o[0] if isinstance(o, tuple) else o) % len(batch) for o in paths}
+    return [i for i in range(len(batch)) if i not in taken]
+
+# %% ../nbs/11_pytorch.ipynb #32f5380c
 class BatchKeys:
     "Where the inputs and targets of a batch are"
     def __init__(self,
@@ -59,17 +65,23 @@ class BatchKeys:
 
     def paths(self, batch):
         "Where inputs are, and where targets"
-        if isinstance(batch, Mapping): x,y = 'img','label'
-        elif isinstance(batch, (tuple,list)) and len(batch)>1: x,y = [*range(len(batch)-1)],len(batch)-1
-        elif self.x is None or self.y is None: raise ValueError(f'The batch must hold inputs and targets, but it is {_holds(batch)}')
-        res = [default if own is None else own for own,default in ((self.x,x),(self.y,y))]
-        return [o if isinstance(o, list) else [o] for o in res]
+        x,y = (o if o is None or isinstance(o, list) else [o] for o in (self.x,self.y))
+        if isinstance(batch, Mapping): x,y = x or ['img'],y or ['label']
+        elif isinstance(batch, (tuple,list)) and len(batch)>1:
+            if y is None: y = _others(batch, x) if x else [len(batch)-1]
+            if x is None: x = _others(batch, y)
+        if not x or not y or len(y)>1 and self.y is None: raise ValueError(
+            f'The batch must hold inputs and targets, but it is {_holds(batch)}: say where they are, as in x=0, y=2')
+        return x,y
 
     def take(self,
         batch, # As a loader gives it
     ) -> tuple: # A tuple of inputs and one of targets, tensors or nests of them
-        "The inputs and the targets; a `ValueError` that says what is there instead"
-        return tuple(tuple(_at(batch, o) for o in paths) for paths in self.paths(batch))
+        "The inputs and the targets; a `ValueError` that says what is there instead, or if something would be both"
+        x,y = self.paths(batch)
+        xb,yb = (tuple(_at(batch, o) for o in paths) for paths in (x,y))
+        if {*map(id, tensors_in(xb))} & {*map(id, tensors_in(yb))}: raise ValueError(f'x={x} and y={y} would take one tensor as input and as target: name others')
+        return xb,yb
 
     def replace(self,
         batch, # As a loader gives it
@@ -80,7 +92,7 @@ class BatchKeys:
         for path,value in zip(sum(self.paths(batch), []), (*xb,*yb)): batch = _replaced(batch, path, value)
         return batch
 
-# %% ../nbs/11_pytorch.ipynb #52ab09ae
+# %% ../nbs/11_pytorch.ipynb #4c7a13f4
 class MixCollate:
     "Collate samples, and mix them: `for (x,y),plan in DataLoader(ds, 64, collate_fn=MixCollate(Blend(.4)))`"
     def __init__(self,
@@ -90,6 +102,8 @@ class MixCollate:
         collate_fn:callable=default_collate, # Makes a batch of a list of samples
     ):
         if not isinstance(mix, Mix): raise TypeError(f'mix must be a mix such as Blend(.4), but it is a {type(mix).__name__}')
+        if mix.at(0.): raise ValueError(f'A loader does not know how much of the training is done, so {type(mix).__name__} can not follow a schedule here: '
+            'mix in the loop, with mix.at(share of the training)')
         self.mix,self.keys,self.collate_fn,self.seed = mix,BatchKeys(x, y),collate_fn,None
 
     def __call__(self,

@@ -32,7 +32,7 @@ def mix_caption(
     res = ' + '.join(f'{w:.2f} {words(y)}' for w,y in zip(shares, ys) if w)
     return f'{res} = {sum(w*y for w,y in zip(shares, ys)):.3g}' if isinstance(ys[0], float) else res
 
-# %% ../nbs/05_show.ipynb #14f6a485
+# %% ../nbs/05_show.ipynb #18c7044a
 def decode_mix(
     dls:DataLoaders, # How items are decoded
     plan:Plan, # How the targets were mixed
@@ -42,7 +42,8 @@ def decode_mix(
 ) -> tuple: # Items, as they are fed; for each item and target those of the samples in the mixture; for each target whether they are weighed
     "Items as a network is fed them, and their targets before they were mixed, in the words of the data"
     weighed = [plan.weighs(y) and not isinstance(y, TensorPoint) for y in yb]
-    def decode(ys): return dls.train.decode_batch((*inputs, *ys), max_n=max_n, full=False)
+    inputs = map_tensors(lambda o: o[:max_n], inputs)
+    def decode(ys): return dls.train.decode_batch((*inputs, *(y[:max_n] for y in ys)), max_n=max_n, full=False)
     items  = decode([plan.own(y) if w else plan.mix(y) for y,w in zip(yb, weighed)])
     others = [decode([y[j] for y in yb]) for j in plan.pairs.unbind(1)[1:]]
     return items,[list(zip(*(o[dls.n_inp:] for o in parts))) for parts in zip(items, *others)],weighed

@@ -17,7 +17,7 @@ from .callback import *
 from .show import *
 
 # %% auto #0
-__all__ = ['mix_grids', 'mix_report', 'write_tensorboard', 'write_wandb', 'open_writer', 'check_every', 'LogMix']
+__all__ = ['mix_grids', 'mix_report', 'write_tensorboard', 'write_wandb', 'open_writer', 'check_every', 'MixLog', 'LogMix']
 
 # %% ../nbs/10_tensorboard.ipynb #ad15396e
 def _as_shown(x):
@@ -36,28 +36,27 @@ def mix_grids(
     shown = dict(mixed=(mixed-low)/span, original=(x-low)/span, difference=(mixed-x).abs()/span)
     return {name: make_grid(o, nrow=math.ceil(len(o)**.5)) for name,o in shown.items()}
 
-# %% ../nbs/10_tensorboard.ipynb #77141c4e
-def _decodes(dls): return dls is not None and hasattr(dls.train, 'decode_batch')
-
+# %% ../nbs/10_tensorboard.ipynb #daa656e5
 def _as_read(dls, inputs, yb):
     "Inputs without their normalisation"
-    return dls.train.decode((*inputs, *yb))[:len(inputs)] if _decodes(dls) else inputs
+    return dls.train.decode((*inputs, *yb))[:len(inputs)] if hasattr(dls, 'train') and hasattr(dls.train, 'decode') else inputs
 
-# %% ../nbs/10_tensorboard.ipynb #deafc9d7
 def _value(y, vocab):
     if y.numel()>9: return f'target of shape {tuple(y.shape)}'
-    return vocab[y] if vocab and not y.ndim and not y.is_floating_point() else y.tolist()
+    named = vocab is not None and not y.ndim and not y.is_floating_point() and 0<=y<len(vocab)
+    return vocab[int(y)] if named else y.tolist()
 
+# %% ../nbs/10_tensorboard.ipynb #bd39cbfb
 def _captions(dls, plan, inputs, yb, max_n, vocab):
     "For each sample the targets that are weighed, with their shares"
-    if _decodes(dls): _,targets,weighed = decode_mix(dls, plan, inputs, yb, max_n)
-    else:
+    try: _,targets,weighed = decode_mix(dls, plan, inputs, yb, max_n)
+    except Exception:   # loaders that are not fastai's, tables, or a label that has no name, such as -100: none may end a training
         weighed = list(map(plan.weighs, yb))
         targets = [[tuple(_value(y[j], vocab) for j in row) for y in yb] for row in plan.pairs[:max_n].tolist()]
     shares = plan.shares.expand(plan.pairs.shape).tolist()
     return [', '.join(mix_caption(ws, ys) for ys,w in zip(yss, weighed) if w) for ws,yss in zip(shares, targets)]
 
-# %% ../nbs/10_tensorboard.ipynb #d9c55f39
+# %% ../nbs/10_tensorboard.ipynb #d8417162
 def mix_report(
     mixer:MixHandler, # That has mixed the present batch
     fed:tuple, # Inputs that the network was fed, tensors or nests of them
@@ -67,12 +66,13 @@ def mix_report(
 ) -> tuple: # Grids, a dict as `mix_grids` makes, empty where there are no pictures; a caption for each sample
     "What the network was fed of the present batch"
     plan,xs,yb = mixer.drawn
-    own = iter([mixer.plan.own(x) for x in xs])
-    few = [map_tensors(lambda o: o[:max_n], nest) for nest in (map_tensors(lambda _: next(own), fed),fed)]
-    labels = [plan.own(y)[:max_n] for y in yb]
-    pairs = zip(*(tensors_in(_as_read(dls, nest, labels)) for nest in few))
-    grids = [mix_grids(x, mixed) for x,mixed in pairs if x.ndim==4]
-    return {name+f'_{i}'*(i>0): o for i,g in enumerate(grids) for name,o in g.items()},_captions(dls, plan, few[1], yb, max_n, vocab)
+    captions,grids = _captions(dls, plan, fed, yb, max_n, vocab),[]
+    if any(x.ndim==4 for x in xs):
+        own = iter([mixer.plan.own(x) for x in xs])
+        nests = [map_tensors(lambda o: o[:max_n], o) for o in (map_tensors(lambda _: next(own), fed),fed)]
+        pairs = zip(*(tensors_in(_as_read(dls, o, [plan.own(y)[:max_n] for y in yb])) for o in nests))
+        grids = [mix_grids(x, mixed) for x,mixed in pairs if x.ndim==4]
+    return {name+f'_{i}'*(i>0): o for i,g in enumerate(grids) for name,o in g.items()},captions
 
 # %% ../nbs/10_tensorboard.ipynb #f7747e04
 def write_tensorboard(
@@ -124,51 +124,81 @@ def check_every(
     if every is None or isinstance(every, numbers.Integral) and every>0: return every
     raise ValueError(f'every must be a whole number of batches of at least 1, or None for once an epoch, but it is {every!r}')
 
-# %% ../nbs/10_tensorboard.ipynb #85453356
+# %% ../nbs/10_tensorboard.ipynb #9bf70187
+class MixLog:
+    "What is to be logged of a mixer, and when"
+    def __init__(self,
+        every:int=None, # Log pictures every so many batches; by default once an epoch, of its first batch
+        max_n:int=9, # Show so many samples at most
+        vocab:list=None, # Names of classes, for targets that are not decoded
+    ): self.every,self.max_n,self.vocab,self.lams = check_every(every),max_n,vocab,[]
+
+    def after_batch(self,
+        write:callable, # Takes what `write_tensorboard` takes after `step`
+        mixer:MixHandler, # That has mixed the batch
+        fed:tuple, # Inputs that the network was fed
+        n:int, # Batches so far
+        first:bool, # Is it the first of an epoch?
+        dls:DataLoaders=None, # How pictures and targets are decoded
+    ):
+        "Write scheduled values, and pictures where they are due"
+        self.lams.append(mixer.plan.lam)
+        if mixer.hps: write(values={name:o[-1] for name,o in mixer.hps.items()})
+        if first if self.every is None else n%self.every==0: write(*mix_report(mixer, fed, dls, self.max_n, self.vocab))
+
+    def after_epoch(self, write):
+        "Write the λ of an epoch"
+        if self.lams: write(lam=torch.cat(self.lams).float().cpu())
+        self.lams = []
+
+# %% ../nbs/10_tensorboard.ipynb #32bfd7c7
 class LogMix(Callback):
     "Log what the network is fed, to fastai's `TensorBoardCallback` and `WandbCallback` where they are, else to TensorBoard"
-    order,run_valid,_stateattrs,own = Recorder.order+2,False,('own','lams','mixer'),None
+    order,run_valid,_stateattrs = Recorder.order+2,False,('own','mixer')
+    own,on,mixed = None,False,False
     def __init__(self,
         every:int=None, # Log pictures every so many batches; by default once an epoch, of its first batch
         max_n:int=9, # Show so many samples at most
         log_dir:str=None, # Where TensorBoard's files go if no other callback writes any; a new folder under runs/ by default
-    ): self.every,self.max_n,self.log_dir = check_every(every),max_n,log_dir
+    ): self.record,self.log_dir = MixLog(every, max_n),log_dir
 
     def before_fit(self):
         "Close what an interrupted fit has left open"
         self.after_fit()
 
     def before_train(self):
-        "Find the mixer, open a writer if no other callback has one, and begin to collect λ"
-        self.on,self.lams = not hasattr(self.learn, 'lr_finder') and rank_distrib()==0,[]
+        "Find the mixer, and open a writer if no other callback has one"
+        self.on,self.record.lams = not hasattr(self.learn, 'lr_finder') and rank_distrib()==0,[]
         if not self.on: return
         self.mixer = first(cb for cb in self.learn.cbs if isinstance(cb, MixHandler))
-        if not self.mixer: raise ValueError('LogMix has no mixer to report of: give the learner one, as in cbs=[MixUp(.4), LogMix()]')
+        if not self.mixer: raise ValueError('LogMix has no mixer to report of: give the learner one, as in cbs=[MixUp(.4), LogMix()], '
+            'with fastmix imported after fastai, whose own MixUp has the same name')
         if not self.writers(): self.own = open_writer(self.log_dir)
+
+    def after_loss(self):
+        "Note that there is a batch to report of"
+        self.mixed = self.on
 
     def after_batch(self):
         "Log scheduled values, and pictures where they are due"
-        if not self.on: return
-        self.lams.append(self.mixer.plan.lam)
-        if self.mixer.hps: self.write(values={name:o[-1] for name,o in self.mixer.hps.items()})
-        due = self.iter==0 if self.every is None else self.train_iter%self.every==0
-        if due: self.write(*mix_report(self.mixer, self.learn.xb, self.dls, self.max_n))
+        if self.mixed: self.record.after_batch(self.write, self.mixer, self.learn.xb, self.train_iter, self.iter==0, self.dls)
+        self.mixed = False
 
     def after_train(self):
         "Log the λ of an epoch"
-        if self.on and self.lams: self.write(lam=torch.cat(self.lams).float().cpu())
+        if self.on: self.record.after_epoch(self.write)
 
     def after_fit(self):
         "Close a writer of its own"
         if self.own: self.own.close()
         self.own = None
 
-# %% ../nbs/10_tensorboard.ipynb #19cd8945
+# %% ../nbs/10_tensorboard.ipynb #8bf2d540
 @patch
 def writers(self:LogMix) -> list: # Functions such as `write_tensorboard`, given where to write and the step that it is at
     "How to write to what fastai's callbacks write to, or to a writer of its own"
     cbs = [vars(cb) for cb in self.learn.cbs if cb is not self]
-    boards = [self.own] if self.own else [o['writer'] for o in cbs if 'writer' in o]
+    boards = [self.own] if self.own else [o['writer'] for o in cbs if hasattr(o.get('writer'), 'add_image')]
     runs = [] if self.own else [(sys.modules['wandb'].run.log,o['_wandb_step']) for o in cbs if '_wandb_step' in o]
     return [partial(write_tensorboard, o, self.train_iter) for o in boards] + [partial(write_wandb, *o) for o in runs]
 

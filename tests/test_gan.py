@@ -10,7 +10,7 @@ from fastai.vision.gan import FixedGANSwitcher, GANLearner
 from sklearn.datasets import load_digits
 from torch import nn
 from fastmix.core import draw_lam, private_rng
-from fastmix.gan import GANMixUp, GaussianBatches, gan_mix_loss, grid, mode_coverage, ring
+from fastmix.gan import GANMixUp, GaussianBatches, gan_mix_loss, grid_centres, mode_coverage, ring_centres
 from helpers import mk_learn, quiet_fit
 
 pytestmark = pytest.mark.filterwarnings('ignore:You are shadowing')
@@ -124,6 +124,15 @@ def test_a_critic_that_ends_in_a_sigmoid():
     quiet_fit(mk_gan(GANMixUp(.5, loss_func=F.binary_cross_entropy), rec, sigmoid=True, switch_eval=False))
     for o in [o for o in rec.recs if not o['gen']]: assert o['loss']==pytest.approx(bce(o['pred'].logit()[:,0], o['lam']).mean().item(), abs=1e-4)
 
+    with pytest.raises(ValueError, match='The critic ends in a sigmoid'): quiet_fit(mk_gan(GANMixUp(.5), sigmoid=True))
+
+def test_least_squares_are_fine():
+    "Whatever the critic begins with"
+    learn = mk_gan(GANMixUp(.5, loss_func=F.mse_loss))
+    learn.loss_func.gen_loss_func = lambda pred, output, target: (pred-1).square().mean()
+    with torch.no_grad(): learn.model.critic[1].bias += 5
+    quiet_fit(learn)
+
 def test_a_wasserstein_generator_is_refused():
     learn = mk_gan(GANMixUp(.2), cls=GANLearner.wgan)
     before = params(learn)
@@ -165,8 +174,9 @@ def test_each_way_out_of_a_fit(event, error, minimax):
     z,x = learn.dls.valid.one_batch()
     fake = learn.model.generator(z)
     assert learn.loss_func(fake, x).item()==pytest.approx(F.softplus(-learn.model.critic(fake)).mean().item(), abs=1e-5)
-    pickle.dumps(learn)
-    assert not {'critic','generator'} & vars(learn.loss_func).keys()
+    copy = pickle.loads(pickle.dumps(learn))
+    copy.loss_func.switch(True)
+    assert copy.loss_func(fake, x).item()==pytest.approx(F.softplus(-copy.model.critic(fake)).mean().item(), abs=1e-5)
     rec = Record()
     quiet_fit(learn, cbs=rec)
     for o in [o for o in rec.recs if not o['gen']]: assert o['loss']==pytest.approx(bce(o['pred'][:,0], o['lam']).mean().item(), abs=1e-5)
@@ -201,10 +211,10 @@ def test_critics_of_any_output(shape):
 
 def test_toys():
     torch.manual_seed(0)
-    for centres,n in [(ring(),8),(ring(5),5),(grid(),25),(grid(3),9)]:
+    for centres,n in [(ring_centres(),8),(ring_centres(5),5),(grid_centres(),25),(grid_centres(3),9)]:
         assert centres.shape==(n,2) and centres.mean(0).abs().max()<1e-6
         assert mode_coverage(GaussianBatches(centres, std=.1).draw(5000), centres, .1)[0]==n
-    half = torch.cat([grid()[:3],grid()[:3]+.4])
-    assert mode_coverage(half, grid(), .1)==(3,.5)
-    z,x = GaussianBatches(grid(), bs=16).dls().one_batch()
+    half = torch.cat([grid_centres()[:3],grid_centres()[:3]+.4])
+    assert mode_coverage(half, grid_centres(), .1)==(3,.5)
+    z,x = GaussianBatches(grid_centres(), bs=16).dls().one_batch()
     assert z.shape==x.shape==(16,2)

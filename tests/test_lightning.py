@@ -11,6 +11,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from fastmix.callback import CutMix, MixUp, OneOf
 from fastmix.core import BlendPlan, derange
@@ -19,7 +20,7 @@ from fastmix.mixes import Blend
 from fastmix.lightning import Mixing, MixMonitor, shadowed
 from fastmix.manifold import ManifoldMixUp
 from fastmix.tensorboard import mix_grids
-from helpers import begin_rank, run_ranks, save_rank
+from helpers import begin_rank, class_dls, mk_learn, quiet_fit, run_ranks, save_rank
 
 for name in 'lightning.pytorch','lightning.fabric': logging.getLogger(name).setLevel(logging.ERROR)
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -335,7 +336,136 @@ def test_schedules_follow_the_training():
     fit(module, mixer)
     assert mixer.hps['alpha'] == pytest.approx([.2+.8*i/12 for i in range(12)])
 
+def test_schedules_of_several_optimizers():
+    "Follow the batches, of which each has two steps"
+    class Two(Digits):
+        automatic_optimization = False
+        def configure_optimizers(self): return [torch.optim.SGD(self.parameters(), lr=.1) for _ in range(2)]
+        def training_step(self, batch, batch_idx):
+            self.manual_backward(super().training_step(batch, batch_idx))
+            for opt in self.optimizers(): opt.step()
+    mixer = MixUp(SchedLin(.2, 1.))
+    fit(Two(), mixer)
+    assert mixer.hps['alpha'] == pytest.approx([.2+.8*i/12 for i in range(12)])
+
+@pytest.mark.parametrize('layer', ['model.2',None])
+@pytest.mark.parametrize('use_reentrant', [True,False])
+def test_checkpointed_layers(layer, use_reentrant):
+    "Have the gradients of those that are not"
+    class Checkpointed(Digits):
+        saves = True
+        def forward(self, x):
+            x.requires_grad_()
+            f = self.model[:3]
+            return self.model[3](checkpoint(f, x, use_reentrant=use_reentrant) if self.saves else f(x))
+    class Not(Checkpointed): saves = False
+    both = Checkpointed(),Not()
+    for module in both: fit(module, ManifoldMixUp(1., layers=layer) if layer else MixUp(1.))
+    for p,q in zip(*(o.parameters() for o in both)): assert torch.allclose(p, q, atol=1e-6)
+    check_exact(both[0]) if not layer else None
+
+def test_targets_in_front():
+    "Of a tuple, for numbers too, where nothing would be noticed later"
+    class Front(Digits):
+        def take(self, batch): return batch[1],batch[0]
+        def training_step(self, batch, batch_idx):
+            x,y = self.take(batch)
+            loss = self.loss_func(self(x)[:,0], y)
+            self.recs[-1].update(x=x, y=y, plan=mixing(self).mixer.plan)
+            return loss
+    x,y = digits()
+    module = Front(loss=nn.MSELoss())
+    fit(module, MixUp(1.), dl=DataLoader(list(zip(y.float(), x)), batch_size=16), keys=dict(y=0))
+    for o,i in zip(module.recs, range(0, 96, 16)):
+        lam,idx = o['plan'].lam,o['plan'].idx
+        assert torch.allclose(o['y'], lam*y[i:i+16] + (1-lam)*y[i:i+16][idx], atol=1e-5)
+        assert torch.allclose(o['x'], lam[:,None,None,None]*o['x0'] + (1-lam[:,None,None,None])*o['x0'][idx], atol=1e-6)
+
+@pytest.mark.filterwarnings('error:training_step calls')
+@pytest.mark.parametrize('f', [lambda y: y, lambda y: y[:,None], lambda y: y.double()], ids=['same','view','double'])
+def test_numbers_as_targets(f):
+    class Numbers(Digits):
+        def training_step(self, batch, batch_idx): return self.loss_func(f(self(batch['img'])[:,0]), f(batch['label'].squeeze()))
+    x,y = digits()
+    fit(Numbers(loss=nn.MSELoss()), MixUp(1.), dl=DataLoader([dict(img=a, label=b) for a,b in zip(x, y.float())], batch_size=16))
+
+def test_other_numbers_than_those_that_were_mixed():
+    class Other(Digits):
+        def training_step(self, batch, batch_idx): return self.loss_func(self(batch['img'])[:,0], batch['target'])
+    x,y = digits()
+    dl = DataLoader([dict(img=a, label=b, target=b+1) for a,b in zip(x, y.float())], batch_size=16)
+    with pytest.warns(UserWarning, match='with other targets than those that MixUp has mixed'): fit(Other(loss=nn.MSELoss()), MixUp(1.), dl=dl)
+
+@pytest.mark.parametrize('kwargs', [True,False])
+def test_losses_called_by_keyword(kwargs):
+    class Keyword(Digits):
+        def training_step(self, batch, batch_idx):
+            super().training_step(batch, batch_idx)
+            pred = self(batch['img'])
+            loss = self.loss_func(input=pred, target=batch['label']) if kwargs else self.loss_func(pred, target=batch['label'])
+            assert loss.item()==pytest.approx(self.recs[-1]['loss'])
+            return loss
+    module = Keyword()
+    fit(module, MixUp(1.))
+    check_exact(module)
+
+@pytest.mark.parametrize('as_module', [True,False])
+def test_a_loss_that_is_changed_in_a_step_stays_changed(as_module):
+    new = nn.CrossEntropyLoss(label_smoothing=.1) if as_module else F.nll_loss
+    class Changes(Digits):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            if batch_idx==5: self.loss_func = new
+            return loss
+    module = Changes() if as_module else Changes.__new__(Changes)
+    if not as_module:
+        Function.__init__(module)
+        vars(module)['loss_func'] = F.cross_entropy
+    fit(module, MixUp(1.), max_epochs=1)
+    assert module.loss_func is new
+
+def test_after_the_learning_rate_was_searched():
+    module,cb = Digits(),Mixing(MixUp(1.))
+    module.lr = .1
+    trainer = pl.Trainer(**{**quiet, 'max_epochs':2}, callbacks=[cb])
+    pl.tuner.Tuner(trainer).lr_find(module, loader(), num_training=5, attr_name='lr')
+    module.recs = []
+    trainer.fit(module, loader())
+    check_exact(module)
+
+def test_a_checkpoint_that_is_only_validated():
+    "Does not repeat the numbers of its fit in the next one"
+    module,cb = Digits(),Mixing(MixUp(1.))
+    trainer = fit(module, cb)
+    trainer.save_checkpoint('x.ckpt')
+    trainer.validate(module, loader(shuffle=False), ckpt_path='x.ckpt', verbose=False, weights_only=False)
+    fit(module, cb, seed=None)
+    assert len(torch.stack([o['plan'].lam for o in module.recs]).unique(dim=0))==24
+
+def test_a_mixer_that_fastai_has_stays_there():
+    mixer = MixUp(1.)
+    learn = mk_learn(class_dls(), cbs=mixer)
+    module = Digits()
+    pl.Trainer(**quiet, callbacks=[Mixing(mixer)]).validate(module, loader(shuffle=False), verbose=False)
+    quiet_fit(learn)
+    assert mixer.learn is learn
+
 # Errors
+def test_losses_that_can_not_be_shadowed():
+    class Held(Digits):
+        def __init__(self):
+            super().__init__()
+            self.losses = nn.ModuleDict(dict(cls=self.loss_func))
+            self.more = nn.ModuleList([self.loss_func])
+        @property
+        def criterion(self): return self.loss_func
+    for name in 'losses.cls','more.0','criterion','losses.x.y':
+        with pytest.raises(ValueError, match=f"Held has no loss '{name}' to mix.*takes from a list or dict"): fit(Held(), MixUp(1.), keys=dict(loss=name))
+
+def test_two_mixers():
+    class Mine(Mixing): pass
+    with pytest.raises(ValueError, match='more than one Mixing'): fit(Digits(), MixUp(1.), Mine(CutMix()))
+
 def test_what_is_wrong_is_said_before_training():
     module = Digits()
     wrong = {'loss':"Digits has no loss 'criterion'.*Losses among its attributes: loss_func", 'x':"'criterion' is not in a dict with the keys 'img', 'label'"}
@@ -367,6 +497,13 @@ def test_shadowed_attributes_come_back():
     assert o.loss_func is own
     with shadowed(o, 'shape', 'x'): assert o.shape=='x'
     assert o.shape=='dict'
+
+def test_hidden_layers_of_a_batch_that_is_left_out():
+    class Skips(Digits):
+        def training_step(self, batch, batch_idx): return super().training_step(batch, batch_idx) if batch_idx%2 else None
+    module = Skips()
+    fit(module, ManifoldMixUp(1., layers='model.2'))
+    assert sum('loss' in o for o in module.recs)==6
 
 # Pictures
 def read(folder):
@@ -405,6 +542,19 @@ def test_wandb_offline(tmp_path, monkeypatch):
     files = list(tmp_path.glob('wandb/offline-run*/files/media/images/mix/mixed*.png'))
     grid = mix_grids(*(module.recs[0][o][:9] for o in ('x0','x')))['mixed'].permute(1,2,0).numpy()
     assert len(files)==2 and min(abs(np.asarray(Image.open(f).convert('RGB'))/255-grid).max() for f in files)<=1/255
+
+def test_pictures_of_a_resumed_epoch(tmp_path):
+    dl = loader(shuffle=False)
+    fit(Digits(), MixUp(1.), ModelCheckpoint(tmp_path, filename='{step}', save_top_k=-1, every_n_train_steps=4), dl=dl, enable_checkpointing=True)
+    fit(Digits(), MixUp(1.), MixMonitor(every=1), dl=dl, ckpt_path=tmp_path/'step=8.ckpt', logger=TensorBoardLogger(tmp_path))
+    assert [o.step for o in read(tmp_path).Images('mix/mixed')]==[9,10,11,12]
+
+@pytest.mark.parametrize('vocab', [np.array(list('ab')),['a'],None], ids=str)
+def test_labels_without_a_name(tmp_path, vocab):
+    x,y = digits()
+    dl = DataLoader([dict(img=a, label=torch.tensor(-100) if b==1 else b) for a,b in zip(x, y)], batch_size=16)
+    fit(Digits(), MixUp(1.), MixMonitor(vocab=vocab), dl=dl, logger=TensorBoardLogger(tmp_path))
+    assert '-100' in ''.join(o.tensor_proto.string_val[0].decode() for o in read(tmp_path).Tensors('mix/targets/text_summary'))
 
 def test_loggers_that_take_no_pictures(tmp_path):
     module = Digits()

@@ -6,7 +6,7 @@ from torch.utils.data import DataLoader, default_collate
 from fastmix.callback import MixUp
 from fastmix.core import Plan
 from fastmix.loss import MixLoss
-from fastmix.mixes import Blend, Choice, Cut
+from fastmix.mixes import Blend, Choice, Cut, Sometimes
 from fastmix.pytorch import BatchKeys, MixCollate
 
 Pair = namedtuple('Pair', 'img label')
@@ -104,6 +104,19 @@ def test_several_inputs_and_targets():
 ], ids=str)
 def test_what_is_not_there(keys, batch, match):
     with pytest.raises(ValueError, match=match): BatchKeys(**keys).take(batch)
+
+@pytest.mark.parametrize(('keys','x','y'), [({}, (0,1), (2,)), (dict(y=0), (1,2), (0,)), (dict(x=[0,1]), (0,1), (2,)), (dict(x=1, y=[0,2]), (1,), (0,2)), (dict(y=-1), (0,1), (2,))])
+def test_what_is_not_named_is_what_is_left(keys, x, y):
+    batch = torch.rand(3, 4).unbind()
+    assert [[any(o is batch[i] for i in want) for o in got] for got,want in zip(BatchKeys(**keys).take(batch), (x,y))]==[[True]*len(x),[True]*len(y)]
+
+@pytest.mark.parametrize('keys', [dict(x=0), dict(x=0, y=0), dict(x=[0,1,2]), dict(y=[0,1,2])], ids=str)
+def test_nothing_is_input_and_target(keys):
+    with pytest.raises(ValueError, match='as input and as target|must hold inputs and targets'): BatchKeys(**keys).take(torch.rand(3, 4).unbind())
+
+def test_schedules_are_refused():
+    for mix in Sometimes(Blend(), until=.5),Blend(lambda p: .1+p):
+        with pytest.raises(ValueError, match='can not follow a schedule here'): MixCollate(mix)
 
 def test_what_can_not_be_mixed():
     with pytest.raises(TypeError, match='can not be averaged'): MixCollate(Blend())([(torch.arange(3),0)]*4)

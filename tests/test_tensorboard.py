@@ -1,13 +1,16 @@
 "`LogMix`: event files and W&B runs are read back, and compared with the batches that a recorder saw"
-import pickle
+import csv, pickle
 from io import BytesIO
-import numpy as np, pytest, torch
+import numpy as np, pandas as pd, pytest, torch
+from fastai.callback.core import Callback, CancelBatchException
 from fastai.callback.schedule import SchedLin
 from fastai.callback.tensorboard import TensorBoardCallback
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import set_seed
-from fastai.vision.all import Normalize, imagenet_stats
+from fastai.tabular.all import Categorify, TabularDataLoaders, tabular_learner
+from fastai.tabular.all import Normalize as TabNormalize
+from fastai.vision.all import CategoryBlock, Normalize, imagenet_stats
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -122,6 +125,27 @@ def test_inputs_that_are_no_pictures(tmp_path):
     quiet_fit(mk_learn(class_dls(), cbs=[MixUp(.4), LogMix(log_dir=tmp_path)]))
     tags = read(tmp_path).Tags()
     assert not tags['images'] and tags['histograms']==['mix/lam'] and 'mix/targets/text_summary' in tags['tensors']
+
+def test_tables(tmp_path):
+    "Targets as the numbers that they are"
+    g = np.random.default_rng(0)
+    df = pd.DataFrame(dict(a=g.choice(list('xyz'), 64), b=g.normal(size=64), y=g.choice(['no','yes'], 64)))
+    for bs in 8,16:
+        dls = TabularDataLoaders.from_df(df, procs=[Categorify,TabNormalize], cat_names=['a'], cont_names=['b'], y_names='y', y_block=CategoryBlock(), bs=bs, num_workers=0)
+        quiet_fit(tabular_learner(dls, layers=[8], cbs=[MixUp(1.), LogMix(log_dir=tmp_path/str(bs))]))
+        assert len(text(read(tmp_path/str(bs)))[0].splitlines())==2+min(bs, 9)
+
+def test_nothing_ends_a_training(tmp_path):
+    "A label that has no name, a callback that writes something else, a batch that is left out before it was mixed"
+    class Other(Callback):
+        order,run_valid = -2,False
+        def before_fit(self): self.writer = csv.writer(open(tmp_path/'x.csv', 'w'))
+        def before_batch(self):
+            if not self.train_iter: raise CancelBatchException
+            self.y[:4] = -100
+    quiet_fit(digit_learn(MixUp(.4), Other(), LogMix(every=2, log_dir=tmp_path/'log')))
+    log = read(tmp_path/'log')
+    assert [o.step for o in log.Images('mix/mixed')]==[2] and '-100' in text(log)[0]
 
 @pytest.mark.parametrize('c', [1,2,3,5])
 def test_any_number_of_channels(tmp_path, c):
