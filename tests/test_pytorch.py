@@ -105,7 +105,8 @@ def test_several_inputs_and_targets():
 def test_what_is_not_there(keys, batch, match):
     with pytest.raises(ValueError, match=match): BatchKeys(**keys).take(batch)
 
-@pytest.mark.parametrize(('keys','x','y'), [({}, (0,1), (2,)), (dict(y=0), (1,2), (0,)), (dict(x=[0,1]), (0,1), (2,)), (dict(x=1, y=[0,2]), (1,), (0,2)), (dict(y=-1), (0,1), (2,))])
+left = [({},(0,1),(2,)), (dict(y=0),(1,2),(0,)), (dict(x=[0,1]),(0,1),(2,)), (dict(x=1, y=[0,2]),(1,),(0,2)), (dict(y=-1),(0,1),(2,))]
+@pytest.mark.parametrize(('keys','x','y'), left)
 def test_what_is_not_named_is_what_is_left(keys, x, y):
     batch = torch.rand(3, 4).unbind()
     assert [[any(o is batch[i] for i in want) for o in got] for got,want in zip(BatchKeys(**keys).take(batch), (x,y))]==[[True]*len(x),[True]*len(y)]

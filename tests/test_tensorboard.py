@@ -131,7 +131,8 @@ def test_tables(tmp_path):
     g = np.random.default_rng(0)
     df = pd.DataFrame(dict(a=g.choice(list('xyz'), 64), b=g.normal(size=64), y=g.choice(['no','yes'], 64)))
     for bs in 8,16:
-        dls = TabularDataLoaders.from_df(df, procs=[Categorify,TabNormalize], cat_names=['a'], cont_names=['b'], y_names='y', y_block=CategoryBlock(), bs=bs, num_workers=0)
+        kinds = dict(cat_names=['a'], cont_names=['b'], y_names='y', y_block=CategoryBlock())
+        dls = TabularDataLoaders.from_df(df, procs=[Categorify,TabNormalize], bs=bs, num_workers=0, **kinds)
         quiet_fit(tabular_learner(dls, layers=[8], cbs=[MixUp(1.), LogMix(log_dir=tmp_path/str(bs))]))
         assert len(text(read(tmp_path/str(bs)))[0].splitlines())==2+min(bs, 9)
 
