@@ -1,8 +1,10 @@
 "The plain loop: batches of any shape, `MixCollate` in workers, and errors that say what is there"
 from collections import OrderedDict, UserDict, namedtuple
+from copy import deepcopy
 import pytest, torch, torch.nn.functional as F
+from sklearn.datasets import load_digits
 from torch import nn
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 from fastmix.callback import MixUp
 from fastmix.core import Plan
 from fastmix.loss import MixLoss
@@ -46,13 +48,34 @@ def test_large_pictures_survive_the_way_from_a_worker():
         want = plan.lam*y + (1-plan.lam)*y[plan.idx]
         assert torch.allclose(x, want[:,None,None,None].expand_as(x), atol=1e-4)
 
-def test_a_step_is_trained_on_the_exact_loss():
+@pytest.mark.parametrize('way', ['loop','collate'])
+def test_a_training_on_the_digits(way):
+    "Beside one whose loss and mixtures are written out sample by sample"
+    x,y = load_digits(return_X_y=True)
+    ds = TensorDataset(torch.tensor(x[:256]).float()/16, torch.tensor(y[:256]))
     torch.manual_seed(0)
-    model,loss = nn.Sequential(nn.Flatten(), nn.Linear(96*4, 96)),MixLoss(nn.CrossEntropyLoss())
-    for (x,y),plan in DataLoader(samples(), batch_size=16, collate_fn=MixCollate(Blend(1.))):
-        def ce(i, j): return F.cross_entropy(model(x[i:i+1]), y[j:j+1])
-        ce = [lam*ce(i, i) + (1-lam)*ce(i, j) for i,(lam,j) in enumerate(zip(plan.lam, plan.idx))]
-        assert loss(model(x), y, plan=plan).item()==pytest.approx(torch.stack(ce).mean().item(), abs=1e-6)
+    model,loss,mix = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10)),MixLoss(nn.CrossEntropyLoss(label_smoothing=.1)),Blend(1.)
+    ref = deepcopy(model)
+    opts = [torch.optim.Adam(o.parameters(), lr=.01) for o in (model,ref)]
+    collate = MixCollate(mix) if way=='collate' else default_collate
+    first = last = None
+    for idx in DataLoader(range(256), batch_size=32, shuffle=True, collate_fn=list):
+        x,y = default_collate([ds[i] for i in idx])
+        if way=='collate': (mixed,_),plan = collate([ds[i] for i in idx])
+        else:
+            plan = mix.draw(x)
+            mixed = plan.mix(x)
+        def ce(i, j, lam): return F.cross_entropy(ref(lam*x[i:i+1] + (1-lam)*x[plan.idx[i],None]), y[j:j+1], label_smoothing=.1)
+        values = [lam*ce(i, i, lam) + (1-lam)*ce(i, j, lam) for i,(lam,j) in enumerate(zip(plan.lam, plan.idx))]
+        both = loss(model(mixed), y, plan=plan),torch.stack(values).mean()
+        assert both[0].item()==pytest.approx(both[1].item(), abs=1e-5)
+        for value,opt in zip(both, opts):
+            value.backward()
+            opt.step()
+            opt.zero_grad()
+        first,last = first or value.item(),value.item()
+    assert last<first
+    for p,q in zip(model.parameters(), ref.parameters()): assert torch.allclose(p, q, atol=1e-4)
 
 def lams(**kwargs):
     collate = MixCollate(Choice([Blend(1.),Cut()], per_batch=False))
