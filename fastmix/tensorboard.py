@@ -46,15 +46,16 @@ def _value(y, vocab):
     named = vocab is not None and not y.ndim and not y.is_floating_point() and 0<=y<len(vocab)
     return vocab[int(y)] if named else y.tolist()
 
-# %% ../nbs/10_tensorboard.ipynb #bd39cbfb
+# %% ../nbs/10_tensorboard.ipynb #c711cba0
 def _captions(dls, plan, inputs, yb, max_n, vocab):
-    "For each sample the targets that are weighed, with their shares"
+    "For each sample the targets that are weighed, with their shares; its own, where it was left alone"
     try: _,targets,weighed = decode_mix(dls, plan, inputs, yb, max_n)
     except Exception:   # loaders that are not fastai's, tables, or a label that has no name, such as -100: none may end a training
         weighed = list(map(plan.weighs, yb))
         targets = [[tuple(_value(y[j], vocab) for j in row) for y in yb] for row in plan.pairs[:max_n].tolist()]
     shares = plan.shares.expand(plan.pairs.shape).tolist()
-    return [', '.join(mix_caption(ws, ys) for ys,w in zip(yss, weighed) if w) for ws,yss in zip(shares, targets)]
+    shown = [w or type(plan) is Plan for w in weighed]
+    return [', '.join(mix_caption(ws, ys) for ys,w in zip(yss, shown) if w) for ws,yss in zip(shares, targets)]
 
 # %% ../nbs/10_tensorboard.ipynb #d8417162
 def mix_report(

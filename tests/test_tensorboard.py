@@ -14,7 +14,7 @@ from fastai.vision.all import CategoryBlock, Normalize, imagenet_stats
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
-from fastmix.callback import CutMix, MixUp
+from fastmix.callback import CutMix, MixUp, OneOf
 from fastmix.data import SecondLoader, digit_images, image_dls
 from fastmix.tensorboard import LogMix, mix_grids
 from helpers import Record, class_dls, mk_dls, mk_learn, quiet_fit
@@ -125,6 +125,13 @@ def test_inputs_that_are_no_pictures(tmp_path):
     quiet_fit(mk_learn(class_dls(), cbs=[MixUp(.4), LogMix(log_dir=tmp_path)]))
     tags = read(tmp_path).Tags()
     assert not tags['images'] and tags['histograms']==['mix/lam'] and 'mix/targets/text_summary' in tags['tensors']
+
+@pytest.mark.parametrize('mixer', [MixUp(0),OneOf(None)], ids=str)
+def test_what_is_left_alone_has_its_own_label(tmp_path, mixer):
+    learn = digit_learn(mixer, rec := Record(), LogMix(max_n=4, log_dir=tmp_path))
+    quiet_fit(learn)
+    y, = rec.batches[0]['yb']
+    assert text(read(tmp_path))[0].splitlines()[2:] == [f'| {i+1} | 1.00 {learn.dls.vocab[y[i]]} |' for i in range(4)]
 
 def test_tables(tmp_path):
     "Targets as the numbers that they are"
