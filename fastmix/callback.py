@@ -23,7 +23,7 @@ from .codes import *
 __all__ = ['MixHandler', 'check_batch', 'MixUp', 'CutMix', 'ResizeMix', 'SaliencyMix', 'FMix', 'GridMix', 'ScheduledValue',
            'OneOf', 'CutMixUp']
 
-# %% ../nbs/03_callback.ipynb #4430841e
+# %% ../nbs/03_callback.ipynb #c1bf3f0d
 class MixHandler(Callback):
     "Mix training batches, and their loss, by `mix`; validation, prediction and export see the learner's own loss"
     run_valid,_per_batch = False,('plan','mix_loss','batch','drawn','weighed','codes','hooks','buffers')
@@ -54,6 +54,7 @@ class MixHandler(Callback):
         if len(mixers)>1: raise ValueError(
             f'{" and ".join(map(repr, mixers))} would mix what the other has mixed: combine them, '
             'as in cbs=OneOf(MixUp(.4), CutMix(1.)), or remove one with learn.remove_cb')
+        if hasattr(self.learn, 'gan_trainer'): raise ValueError(f'{self!r} would mix noise and pictures of a GANLearner: take GANMixUp, which mixes what its critic is shown')
         self.mix.reseed()
         if hasattr(self.partners, 'begin'): self.partners.begin(self.learn.dls.train, self.mix.rng)
         self.schedule_columns()

@@ -83,7 +83,7 @@ def share_done(
     shares = [done/limit for done,limit in ((trainer.fit_loop.total_batch_idx,n),(trainer.global_step,trainer.max_steps)) if 0<limit<math.inf]
     return min(max(shares), 1.) if shares else None
 
-# %% ../nbs/12_lightning.ipynb #0bb2cdc6
+# %% ../nbs/12_lightning.ipynb #81a292eb
 class Mixing(pl.Callback):
     "Mix the training batches of a `LightningModule`, and its loss in `training_step`"
     def __init__(self,
@@ -93,7 +93,8 @@ class Mixing(pl.Callback):
         loss:str='loss_func', # Name of the module's loss, such as 'criterion' or 'model.criterion'
     ):
         if isinstance(mixer, Mix): mixer = MixHandler(mixer)
-        if not isinstance(mixer, MixHandler): raise TypeError(f'mixer must be a mixer such as MixUp(.4), but it is a {type(mixer).__name__}')
+        if not isinstance(mixer, MixHandler): raise TypeError(
+            f'mixer must be a mixer such as MixUp(.4), or several as in OneOf(MixUp(.4), CutMix(1.)), but it is a {type(mixer).__name__}')
         self.mixer,self.keys,self.loss,self.seed,self.resumed,self.undo = mixer,BatchKeys(x, y),loss,None,False,ExitStack()
 
     def on_fit_start(self, trainer, pl_module):
@@ -179,7 +180,7 @@ def mix(self:Mixing,
     self.mixer.before_batch()
     return self.keys.replace(batch, learn.xb, learn.yb)
 
-# %% ../nbs/12_lightning.ipynb #13951210
+# %% ../nbs/12_lightning.ipynb #ac3a19b7
 @patch
 def check(self:Mixing,
     skipped:bool, # Has `training_step` left this batch out?
@@ -190,7 +191,7 @@ def check(self:Mixing,
     loss = self.mixer.mix_loss
     if any(loss.mixed) and not loss.used: raise RuntimeError(
         f'{self.mixer!r} mixed this batch, but its loss was not mixed, since training_step has not called self.{self.loss} with the targets as they are '
-        f'in the batch: have it do so, or name the loss that it does call, as in Mixing(MixUp(.4), loss="criterion")')
+        'in the batch: have it do so, or name the loss that it does call, as in Mixing(MixUp(.4), loss="criterion"); a function becomes an attribute by self.criterion = F.cross_entropy')
     if loss.called and not any(loss.mixed) and not loss.reads(self.mixer.learn.yb): warn(f'training_step calls self.{self.loss} with other targets '
         f'than those that {self.mixer!r} has mixed. If they are in the batch, say where, as in Mixing(MixUp(.4), y="target")')
 

@@ -125,7 +125,7 @@ def check_every(
     if every is None or isinstance(every, numbers.Integral) and every>0: return every
     raise ValueError(f'every must be a whole number of batches of at least 1, or None for once an epoch, but it is {every!r}')
 
-# %% ../nbs/10_tensorboard.ipynb #9bf70187
+# %% ../nbs/10_tensorboard.ipynb #8053c937
 class MixLog:
     "What is to be logged of a mixer, and when"
     def __init__(self,
@@ -143,7 +143,7 @@ class MixLog:
         dls:DataLoaders=None, # How pictures and targets are decoded
     ):
         "Write scheduled values, and pictures where they are due"
-        self.lams.append(mixer.plan.lam)
+        self.lams.append(mixer.plan.lam.expand(len(mixer.plan.pairs)))   # one for each sample
         if mixer.hps: write(values={name:o[-1] for name,o in mixer.hps.items()})
         if first if self.every is None else n%self.every==0: write(*mix_report(mixer, fed, dls, self.max_n, self.vocab))
 

@@ -9,6 +9,7 @@ from fastai.torch_core import set_seed
 from fastai.vision.gan import FixedGANSwitcher, GANLearner
 from sklearn.datasets import load_digits
 from torch import nn
+from fastmix.callback import MixUp
 from fastmix.core import draw_lam, private_rng
 from fastmix.gan import GANMixUp, GaussianBatches, gan_mix_loss, grid_centres, mode_coverage, ring_centres
 from helpers import mk_learn, quiet_fit
@@ -146,6 +147,7 @@ def test_other_learners_are_refused():
     dls = DataLoaders.from_dsets(list(zip(x, y)), list(zip(x, y)), bs=8, num_workers=0, device='cpu')
     with pytest.raises(TypeError, match='critic of a GANLearner is shown, but this is a Learner'): quiet_fit(mk_learn(dls, cbs=GANMixUp()))
     with pytest.raises(ValueError, match='alpha must be'): GANMixUp(-1)
+    with pytest.raises(ValueError, match='take GANMixUp'): quiet_fit(mk_gan(MixUp(.2)))
 
 def test_a_generator_of_another_shape():
     learn = mk_gan(GANMixUp(.2))

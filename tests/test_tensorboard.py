@@ -130,6 +130,7 @@ def test_inputs_that_are_no_pictures(tmp_path):
 def test_what_is_left_alone_has_its_own_label(tmp_path, mixer):
     learn = digit_learn(mixer, rec := Record(), LogMix(max_n=4, log_dir=tmp_path))
     quiet_fit(learn)
+    assert sum(o.histogram_value.num for o in read(tmp_path).Histograms('mix/lam'))==16*len(rec.batches)
     y, = rec.batches[0]['yb']
     assert text(read(tmp_path))[0].splitlines()[2:] == [f'| {i+1} | 1.00 {learn.dls.vocab[y[i]]} |' for i in range(4)]
 
