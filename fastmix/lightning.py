@@ -83,7 +83,7 @@ def share_done(
     shares = [done/limit for done,limit in ((trainer.fit_loop.total_batch_idx,n),(trainer.global_step,trainer.max_steps)) if 0<limit<math.inf]
     return min(max(shares), 1.) if shares else None
 
-# %% ../nbs/12_lightning.ipynb #81a292eb
+# %% ../nbs/12_lightning.ipynb #a7e0fb45
 class Mixing(pl.Callback):
     "Mix the training batches of a `LightningModule`, and its loss in `training_step`"
     def __init__(self,
@@ -122,6 +122,10 @@ class Mixing(pl.Callback):
     def on_before_backward(self, trainer, pl_module, loss):
         "Tell the mixer"
         self.mixer('before_backward')
+
+    def on_after_backward(self, trainer, pl_module):
+        "Tell the mixer"
+        self.mixer('after_backward')
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         "Put `training_step` back"
@@ -203,7 +207,7 @@ def picture_writer(
     if isinstance(logger, pl.loggers.WandbLogger): return partial(write_wandb, logger.log_metrics)
     return partial(write_tensorboard, logger.experiment) if hasattr(logger.experiment, 'add_image') else None
 
-# %% ../nbs/12_lightning.ipynb #57ce2b9d
+# %% ../nbs/12_lightning.ipynb #0456ef30
 class MixMonitor(pl.Callback):
     "Log what the network is fed through the trainer's loggers: pictures with their targets, λ and schedules"
     def __init__(self,
@@ -219,6 +223,7 @@ class MixMonitor(pl.Callback):
         self.writers = [o for o in map(picture_writer, trainer.loggers) if o]
         if not self.writers: raise ValueError('MixMonitor logs pictures, but this Trainer has no logger that takes any: '
             f'it has {", ".join(type(o).__name__ for o in trainer.loggers) or "none"}. Give it one, as in logger=TensorBoardLogger(".")')
+        self.record.lams = []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         "Log scheduled values, and pictures where they are due"
@@ -230,5 +235,5 @@ class MixMonitor(pl.Callback):
         "Log the λ of an epoch"
         self.record.after_epoch(partial(self.write, trainer))
 
-    def write(self, trainer, *args, **kwargs):
-        for f in self.writers: f(trainer.global_step, *args, **kwargs)
+    def write(self, trainer, report):
+        for f in self.writers: f(trainer.global_step, report)

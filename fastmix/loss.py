@@ -362,7 +362,7 @@ def reads(self:MixLoss, yb) -> bool:
     "Has the loss been called with `yb`: their memory, a part of it, or their values?"
     return all(any(_reads(y, c) for c in self.called) for y in yb)
 
-# %% ../nbs/02_loss.ipynb #f352ee37
+# %% ../nbs/02_loss.ipynb #97733f6f
 @patch
 def __call__(self:MixLoss,
     pred=None, # Predictions for the mixed inputs
@@ -378,7 +378,7 @@ def __call__(self:MixLoss,
         finally: self.disarm()
     loss_func = partial(self.loss_func, **kwargs) if kwargs else self.loss_func
     if not self.armed_for(yb):
-        self.called += yb
+        if self.plan is not None: self.called += yb
         return loss_func(pred, *yb)
     self.used = True
     if self.soft and all(self.mixed): return soft_loss(loss_func, self.plan, pred, self.pool)

@@ -57,7 +57,7 @@ def find_layers(
     if res: return res
     raise ValueError(f'layers must name what to mix behind, but it is {layers!r}')
 
-# %% ../nbs/08_manifold.ipynb #a0d7bfd5
+# %% ../nbs/08_manifold.ipynb #f80e1e1a
 class ManifoldMixUp(MixUp):
     "Blend what a layer, drawn for each batch, makes of each training sample with what it makes of another: [manifold mixup](https://arxiv.org/abs/1806.05236)"
     @delegates(MixUp)
@@ -93,9 +93,13 @@ class ManifoldMixUp(MixUp):
         if missed:
             self.unhook()
             raise RuntimeError(f'The model did not reach its layer {self.layer}, so that this batch was not mixed: name other layers')
-        kept,self.hooks = (self.hooks,()) if not self.codes else ((),self.hooks)
-        super().after_pred()
-        self.hooks = kept
+        kept,*self.hooks = [None,*self.hooks] if self.codes else self.hooks or [None]
+        self.mine = False
+        try: super().after_pred()
+        except Exception:
+            if kept: kept.remove()
+            raise
+        if kept: self.hooks = [kept]
 
     def before_backward(self):
         "Mix again what checkpointing computes again"
@@ -110,26 +114,26 @@ class ManifoldMixUp(MixUp):
         self.unhook()
         super().after_batch()
 
-# %% ../nbs/08_manifold.ipynb #e91c2864
+# %% ../nbs/08_manifold.ipynb #2d6504b3
 @patch
 def hook(self:ManifoldMixUp,
     module:nn.Module, # To mix behind
 ):
     "Mix what `module` makes of the present batch. One that is called again, as for a second input, is an error"
     self.unhook()
-    plan,layer,mine,self.again = self.plan,self.layer,[False],False
+    plan,layer,self.mine,self.again = self.plan,self.layer,False,False
     self.reached = reached = []
     def given(args): return bool(args) and args[0] is self.learn.xb[0]
-    def entered(_, args): mine[0] = given(args)
-    def entered_part(_, args): mine[0] = mine[0] or given(args)
+    def entered(_, args): self.mine = given(args)
+    def entered_part(_, args): self.mine = self.mine or given(args)
     def mixed(_, args, h):
         if self.again: return plan.mix(h)
-        if not mine[0]: return
+        if not self.mine: return
         reached.append(layer)
         if isinstance(h, Tensor) and len(reached)==1: return plan.mix(h)
         self.unhook()
         raise TypeError(f'The layer {layer} is called more than once for a batch, so that there is no telling what to mix: name other layers' if len(reached)>1 else
             f'The layer {layer} gives a {type(h).__name__}, but only a tensor can be mixed: name other layers')
     model = self.learn.model
-    self.hooks = [model.register_forward_pre_hook(entered), module.register_forward_hook(mixed)]
+    self.hooks = [module.register_forward_hook(mixed), model.register_forward_pre_hook(entered)]   # the first stays for the backward pass
     self.hooks += [m.register_forward_pre_hook(entered_part) for m in model.children()]

@@ -49,13 +49,14 @@ def _replaced(o, path, value):
     items[key] = value
     return type(o)(*items) if hasattr(o, '_fields') else type(o)(items)
 
-# %% ../nbs/11_pytorch.ipynb #5252f4c4
+# %% ../nbs/11_pytorch.ipynb #a9798330
 def _others(batch, paths):
     "Positions in a tuple that none of `paths` leads into"
-    taken = {(o[0] if isinstance(o, tuple) else o) % len(batch) for o in paths}
+    first = [o[0] if isinstance(o, tuple) else o for o in paths]
+    taken = {o % len(batch) for o in first if isinstance(o, int)}
     return [i for i in range(len(batch)) if i not in taken]
 
-# %% ../nbs/11_pytorch.ipynb #32f5380c
+# %% ../nbs/11_pytorch.ipynb #cd5cb253
 class BatchKeys:
     "Where the inputs and targets of a batch are"
     def __init__(self,
@@ -71,7 +72,7 @@ class BatchKeys:
             if y is None: y = _others(batch, x) if x else [len(batch)-1]
             if x is None: x = _others(batch, y)
         if not x or not y or len(y)>1 and self.y is None: raise ValueError(
-            f'The batch must hold inputs and targets, but it is {_holds(batch)}: say where they are, as in x=0, y=2')
+            f'The batch must hold inputs and targets, but it is {_holds(batch)}, with x={self.x!r} and y={self.y!r}: say where they are, as in x=0, y=2')
         return x,y
 
     def take(self,

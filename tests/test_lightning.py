@@ -348,6 +348,17 @@ def test_schedules_of_several_optimizers():
     fit(Two(), mixer)
     assert mixer.hps['alpha'] == pytest.approx([.2+.8*i/12 for i in range(12)])
 
+def test_hidden_layers_of_another_input_after_a_backward_pass():
+    "Are not mixed, in manual optimization"
+    class Manual(Digits):
+        automatic_optimization = False
+        def training_step(self, batch, batch_idx):
+            self.manual_backward(Digits.training_step(self, batch, batch_idx))
+            other = torch.rand(16, 1, 8, 8)
+            with torch.no_grad(): got,want = self(other),nn.functional.linear(self.model[1](other.flatten(1)).relu(), self.model[3].weight, self.model[3].bias)
+            assert torch.allclose(got, want, atol=1e-6)
+    fit(Manual(), ManifoldMixUp(1., layers='model.2'))
+
 @pytest.mark.parametrize('layer', ['model.2',None])
 @pytest.mark.parametrize('use_reentrant', [True,False])
 def test_checkpointed_layers(layer, use_reentrant):
@@ -534,7 +545,6 @@ def test_every_n_batches(tmp_path):
     assert [o.step for o in read(tmp_path/'tb').Images('mix/mixed')]==[5,10]
 
 def test_wandb_offline(tmp_path, monkeypatch):
-    pytest.importorskip('wandb', reason='wandb is an optional tool')
     monkeypatch.setenv('WANDB_SILENT', 'true')
     logger,module = WandbLogger(save_dir=tmp_path, offline=True),Digits()
     fit(module, MixUp(1.), MixMonitor(), logger=logger, log_every_n_steps=1)
@@ -555,6 +565,13 @@ def test_labels_without_a_name(tmp_path, vocab):
     dl = DataLoader([dict(img=a, label=torch.tensor(-100) if b==1 else b) for a,b in zip(x, y)], batch_size=16)
     fit(Digits(), MixUp(1.), MixMonitor(vocab=vocab), dl=dl, logger=TensorBoardLogger(tmp_path))
     assert '-100' in ''.join(o.tensor_proto.string_val[0].decode() for o in read(tmp_path).Tensors('mix/targets/text_summary'))
+
+def test_lam_of_an_interrupted_fit_is_not_of_the_next(tmp_path):
+    monitor = MixMonitor()
+    for i,stop in enumerate([[Stop('on_after_backward', ValueError('stop'))],[]]):
+        try: fit(Digits(), MixUp(1.), monitor, *stop, logger=TensorBoardLogger(tmp_path/str(i)))
+        except ValueError: pass
+    assert [o.histogram_value.num for o in read(tmp_path/'1').Histograms('mix/lam')]==[96,96]
 
 def test_loggers_that_take_no_pictures(tmp_path):
     module = Digits()

@@ -1,4 +1,5 @@
 "Every loss, exactly: a real fit's mixed losses against the definition, written out by hand and in double precision"
+import weakref
 from functools import partial
 import pytest, torch, torch.nn.functional as F
 from torch import nn
@@ -427,3 +428,11 @@ def test_a_compiled_step_is_one_graph(loss_func, mix):
         close(fast(x, y, plan).detach(), step(x, y, plan).detach())
         close(*(torch.autograd.grad(f(x, y, plan), model[1].weight)[0] for f in (fast, step)))
     assert len(graphs)==1
+
+def test_validation_holds_no_targets():
+    "A `MixLoss` that is called without a plan forgets what it was called with"
+    loss,y = MixLoss(nn.MSELoss()),torch.rand(4)
+    ref = weakref.ref(y)
+    loss(torch.rand(4), y)
+    del y
+    assert ref() is None

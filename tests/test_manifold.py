@@ -153,3 +153,25 @@ def test_set_seed_repeats():
 
 def test_one_of_mixes_inputs():
     with pytest.raises(ValueError, match='mixers of inputs'): OneOf(ManifoldMixUp(), None)
+
+class Again(Callback):
+    "Calls the model with the batch once more, between its prediction and the backward pass"
+    run_valid = False
+    def after_loss(self):
+        with torch.no_grad(): self.got,self.want = self.model(*self.xb),self.model[3](self.model[:3](*self.xb))
+
+def test_another_call_before_the_backward_pass():
+    "Is not mixed, and does not disturb"
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 4))
+    quiet_fit(mk_learn(class_dls(), model, cbs=[ManifoldMixUp(1., layers='3'), again := Again()]))
+    assert torch.allclose(again.got, again.want)
+
+def test_no_hook_is_left_where_targets_were_changed():
+    class Changes(Callback):
+        order,run_valid = 5,False
+        def before_batch(self): self.learn.yb = tuple((o+1)%4 for o in self.yb)
+    learn = mk_learn(class_dls(), nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)), cbs=[ManifoldMixUp(1., layers='0'), Changes()])
+    with pytest.raises(RuntimeError, match='has changed the targets'): quiet_fit(learn)
+    pickle.dumps(learn.model)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in learn.model.modules())

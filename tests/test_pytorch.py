@@ -121,6 +121,7 @@ def test_several_inputs_and_targets():
     (dict(y='cls'), dict(img=1, label=2), "nothing at 'cls'"),
     (dict(x=('a','b')), dict(a=[1,2], label=2), "'b' is not in a list of 2"),
     (dict(x=2), (1,2), 'nothing at 2'),
+    (dict(x='img'), (1,2), "it is a tuple of 2, with x='img' and y=None"),
     (dict(x=('img',0)), dict(img=torch.rand(3), label=2), '0 is not in a Tensor'),
     ({}, torch.rand(3), 'must hold inputs and targets, but it is a Tensor'),
     ({}, [torch.rand(3)], 'must hold inputs and targets, but it is a list of 1'),

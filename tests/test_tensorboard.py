@@ -1,7 +1,7 @@
 "`LogMix`: event files and W&B runs are read back, and compared with the batches that a recorder saw"
 import csv, pickle
 from io import BytesIO
-import numpy as np, pandas as pd, pytest, torch
+import numpy as np, pandas as pd, pytest, torch, wandb
 from fastai.callback.core import Callback, CancelBatchException
 from fastai.callback.schedule import SchedLin
 from fastai.callback.tensorboard import TensorBoardCallback
@@ -95,7 +95,6 @@ def test_no_second_writer_beside_fastais(tmp_path):
     assert not (tmp_path/'runs').exists()
 
 def test_wandb_offline(tmp_path, monkeypatch):
-    wandb = pytest.importorskip('wandb', reason='wandb is an optional tool')
     from fastai.callback.wandb import WandbCallback
     monkeypatch.setenv('WANDB_SILENT', 'true')
     monkeypatch.setattr('fastai.callback.wandb._format_config', dict)   # with fastcore 2.2.39 it fails for any number among the arguments
