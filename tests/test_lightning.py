@@ -289,8 +289,9 @@ def test_pickled_and_copied():
     assert pickle.loads(pickle.dumps(cb2)).seed==cb2.seed
 
 # Other inputs
-def test_integers_are_looked_up_and_mixed():
-    "In a module whose `training_step` calls a part of it, without its `forward`"
+@pytest.mark.parametrize('whole', [True,False])
+def test_integers_are_looked_up_and_mixed(whole):
+    "Whether `training_step` calls the module, or a part of it without its `forward`"
     class Lookup(nn.Module):
         def __init__(self):
             super().__init__()
@@ -298,7 +299,7 @@ def test_integers_are_looked_up_and_mixed():
         def forward(self, x): return self.out(self.emb(x.flatten(1)).mean(1))
     class Ints(Digits):
         def mk_model(self): return Lookup()
-        def forward(self, x): return self.model(x)
+        def __call__(self, *args): return super().__call__(*args) if whole or len(args)>1 else self.model(*args)
     x,y = digits()
     dl = DataLoader([dict(img=(16*a).long(), label=b) for a,b in zip(x, y)], batch_size=16)
     module = Ints()
@@ -309,6 +310,16 @@ def test_integers_are_looked_up_and_mixed():
     want = Ints().model.out((lam*e + (1-lam)*e[o['plan'].idx]).mean(1))
     assert torch.allclose(o['pred'], want, atol=1e-5)
     assert o['loss']==pytest.approx(sample_losses(o).mean().item(), abs=1e-5)
+
+def test_integers_for_a_part_of_a_part():
+    "Are not followed, and that is said, before anything is trained on"
+    class Inner(Digits):
+        def mk_model(self): return nn.Sequential(nn.Sequential(nn.Embedding(17, 4), nn.Flatten(), nn.Linear(256, 10)))
+        def __call__(self, x): return self.model[0](x.flatten(1))
+    dl,module = DataLoader([dict(img=(16*a).long(), label=b) for a,b in zip(*digits())], batch_size=16),Inner()
+    before = deepcopy(module.state_dict())
+    with pytest.raises(TypeError, match='the model looks nothing up by it'): fit(module, MixUp(1.), dl=dl)
+    assert all(before[k].equal(v) for k,v in module.state_dict().items()) and is_clean(module)
 
 @pytest.mark.parametrize('whole', [True,False])
 def test_hidden_layers(whole):
