@@ -9,7 +9,7 @@ sums = find $(sources) -type f ! -path '*/.*' ! -path '*/__pycache__/*' | sort |
 say = { echo "make $@: $(1)" >&2; exit 1; }
 
 # Notebooks run side by side: a thread pool for each would only make them wait for one another
-docs test: export OMP_NUM_THREADS = 1
+docs evidence test: export OMP_NUM_THREADS = 1
 
 help: ## Show this list
 	@sed -n 's/^\([.a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
@@ -28,6 +28,12 @@ demo: $(env) ## Train on real digits with and without MixUp, in four to six minu
 
 bench: $(env) ## Measure what mixing adds to a batch, beside fastai, timm and torchvision
 	$(bin)/python -W ignore -m fastmix.bench $(ARGS)
+
+evidence: $(env) ## Run all experiments anew in evidence/, in about two hours on two cores; GPU=1 adds the paper's network. What has ended is kept if you interrupt
+	mkdir -p evidence
+	cp $$(grep -l 'fastmix.evidence import' nbs/tutorials/*.ipynb) evidence
+	$(bin)/nbdev-test evidence --flags slow --cell-timeout 0 --n-workers 2 --timing --save
+	$(if $(GPU),for noise in 0 .2 .5 .8; do $(bin)/python -m fastmix.scale --noise $$noise --out evidence/runs/scale.csv $(ARGS) || exit; done)
 
 sync: $(env) ## Notebooks to modules and README
 	$(bin)/nbdev-export
@@ -52,4 +58,4 @@ clean: ## Remove what can be made again
 	rm -rf .venv .pytest_cache .hypothesis *.egg-info build dist _docs _proc
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: help .venv demo bench sync docs test lock clean
+.PHONY: help .venv demo bench evidence sync docs test lock clean

@@ -1,0 +1,135 @@
+"The tables behind the evidence: runs that resume, hyper-parameters that are chosen without the test set, and tests of a difference"
+import itertools
+import numpy as np, pandas as pd, pytest, torch
+from scipy.stats import ttest_rel
+from statsmodels.stats.multitest import multipletests
+from torch import nn
+from torch.testing import assert_close
+from fastmix.evidence import attack, attackable, choose, compare, fashion_dls, fashion_mnist, holm, mean_spread, plot_seeds, read_runs, run_missing, to_floats
+from fastmix.evidence import tensor_dls
+
+settings = [dict(arm=arm, lr=lr, test=test, seed=seed) for arm in 'ab' for lr in (1e-3,.3) for test in (False,True) for seed in (1,2)]
+
+class Runs:
+    "Remembers what was run, and is interrupted once"
+    def __init__(self, stop=None): self.seen,self.stop = [],stop
+    def __call__(self, **setting):
+        if len(self.seen)==self.stop: raise KeyboardInterrupt
+        self.seen.append(setting)
+        res = dict(error=setting['seed']/3, note=setting['arm'])
+        return res | dict(curve=torch.tensor([setting['lr'],float('nan')])) if setting['test'] else res
+
+@pytest.mark.parametrize('stop', [0, 1, 7, len(settings)-1])
+def test_an_interrupted_experiment_goes_on(tmp_path, stop):
+    first,second,path = Runs(stop),Runs(),tmp_path/'deep'/'runs.csv'
+    with pytest.raises(KeyboardInterrupt): run_missing(path, first, settings)
+    assert path.exists()==(stop>0)
+    if stop: assert len(read_runs(path))==stop
+    run_missing(path, second, settings)
+    assert first.seen+second.seen==settings
+    runs = read_runs(path)
+    assert runs[list(settings[0])].to_dict('records')==settings
+    assert_close(torch.tensor(runs.error), torch.tensor([o['seed']/3 for o in settings]).double(), rtol=1e-5, atol=0)
+    assert not list(path.parent.glob('*.new'))
+    done = path.read_text()
+    run_missing(path, Runs(0), settings)
+    assert path.read_text()==done
+
+def test_results_may_be_lists_and_may_differ(tmp_path):
+    run_missing(tmp_path/'runs.csv', Runs(), settings)
+    runs = read_runs(tmp_path/'runs.csv')
+    assert runs.columns[-1]=='curve' and runs[~runs.test].curve.isna().all()
+    for row in runs[runs.test].itertuples(): np.testing.assert_allclose(row.curve, [row.lr,np.nan], rtol=1e-6)
+    assert (runs.seconds>=0).all()
+
+def test_runs_of_another_kind_are_not_added_to(tmp_path):
+    path = tmp_path/'runs.csv'
+    run_missing(path, Runs(), settings[:1])
+    was = path.read_text()
+    for other in (dict(arm='a', seed=1), dict(lr=.1, arm='a', test=True, seed=1)):
+        with pytest.raises(ValueError, match='another kind of setting'): run_missing(path, Runs(), [other])
+    assert path.read_text()==was
+
+def test_choosing_never_sees_the_test_set():
+    rng = np.random.default_rng(0)
+    rows = [dict(zip(('arm','n','lr','p','seed','test'), o), loss=rng.random()) for o in itertools.product('ab', (1,2), (1,2,3), (.1,.2), (8,9), (True,False))]
+    found = choose(pd.DataFrame(rows), ['lr','p'], 'loss', ['arm','n'])
+    for a in 'ab':
+        for n in (1,2):
+            def mean(lr, p): return np.mean([o['loss'] for o in rows if (o['arm'],o['n'],o['lr'],o['p'],o['test'])==(a,n,lr,p,False)])
+            lr,p = min(((lr,p) for lr in (1,2,3) for p in (.1,.2)), key=lambda o: mean(*o))
+            assert found[a,n]==dict(lr=lr, p=p)
+
+def some_runs(seeds=6, shift=-.5):
+    rng = np.random.default_rng(3)
+    shared = rng.normal(size=seeds)
+    return pd.DataFrame([dict(arm=a, seed=s, error=10+shared[s]+m+rng.normal()/10) for a,m in [('mixed',shift),('ERM',0),('same',0)] for s in range(seeds)])
+
+def test_compare_is_a_paired_test_with_holms_correction():
+    runs = some_runs()
+    errors = {a: g.sort_values('seed').error.values for a,g in runs.groupby('arm')}
+    p = multipletests([ttest_rel(errors[a], errors['ERM']).pvalue for a in ('mixed','same')], method='holm')[1]
+    res = compare(runs.sample(frac=1, random_state=0).sort_values('arm', key=lambda o: o.map(dict(mixed=0, ERM=1, same=2)), kind='stable'))
+    assert res.index.tolist()==['ERM','mixed','same']
+    np.testing.assert_allclose(res.p[1:].astype(float), p, rtol=.05)
+    assert res.so.tolist()==['','lower','no difference found']
+    assert compare(some_runs(shift=.5)).so['mixed']=='higher'
+    d = errors['mixed']-errors['ERM']
+    assert res.difference['mixed']==f'{d.mean():.3g}\xa0±\xa0{d.std(ddof=1):.2g}'
+
+def test_compare_takes_the_seeds_that_all_arms_have():
+    runs = some_runs()
+    assert compare(runs).equals(compare(pd.concat([runs, pd.DataFrame([dict(arm='ERM', seed=99, error=0.)])])))
+
+def test_holm_is_that_of_statsmodels():
+    for n in (1,2,9): np.testing.assert_allclose(holm(ps := np.random.default_rng(n).random(n)**3), multipletests(ps, method='holm')[1])
+
+def test_one_seed_has_no_spread():
+    assert mean_spread(pd.Series([2.]))=='2'
+    assert mean_spread(pd.Series([1.,3.]))=='2\xa0±\xa01.4'
+
+def test_seeds_are_drawn_in_the_colour_of_their_mean():
+    lines = plot_seeds([1,2], [[0,1],[2,5]], 'a').lines
+    assert len({o.get_color() for o in lines})==1 and [o.get_label() for o in lines].count('a')==1
+    np.testing.assert_allclose(lines[0].get_ydata(), [1,3])
+
+def test_a_missing_data_set_says_how_to_get_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f'(?s){tmp_path}.*apt-get install dataset-fashion-mnist.*FashionMNIST.*download=True'): fashion_mnist(str(tmp_path))
+
+def test_training_pictures_are_neither_chosen_nor_tested_by():
+    def keys(x): return {o.numpy().tobytes() for o in x}
+    dls,last = fashion_dls(2000, 1),fashion_dls(2000, 1, test=True)
+    all_x,_,x_test,y_test = fashion_mnist()
+    assert torch.equal(last.valid.dataset.tensors[0], to_floats(x_test)) and torch.equal(last.valid.dataset.tensors[1], y_test)
+    assert torch.equal(dls.valid.dataset.tensors[0], to_floats(all_x[50_000:]))
+    assert keys(dls.train.dataset.tensors[0]) <= keys(to_floats(all_x[:50_000]))
+
+def test_random_labels_are_in_the_training_set_only():
+    clean,noisy = fashion_dls(5000, 3),fashion_dls(5000, 3, noise=.5)
+    (x,y),(x1,y1) = clean.train.dataset.tensors,noisy.train.dataset.tensors
+    assert torch.equal(x, x1) and torch.equal(noisy.is_wrong, y!=y1) and not clean.is_wrong.any()
+    assert abs(noisy.is_wrong.float().mean()-.45)<.02
+    assert torch.equal(clean.valid.dataset.tensors[1], noisy.valid.dataset.tensors[1])
+
+def test_an_epoch_sees_no_sample_twice():
+    x = torch.arange(103.)
+    dls = tensor_dls((x,x.long()), (x,x.long()), bs=10)
+    first,second = [torch.cat([a for a,_ in dls.train]) for _ in range(2)]
+    assert len(first)==len(first.unique())==100 and not torch.equal(first, second)
+    assert torch.equal(torch.cat([a for a,_ in dls.valid]), x)
+
+def test_one_step_is_the_sign_of_the_gradient():
+    torch.manual_seed(0)
+    model,x,y = nn.Sequential(nn.Flatten(), nn.Linear(784, 10)),torch.rand(20, 1, 28, 28),torch.randint(0, 10, (20,))
+    raw = x.clone().requires_grad_()
+    nn.functional.cross_entropy(model((raw-.286)/.353), y).backward()
+    changed = attack(attackable(model), x.numpy(), y.numpy(), .1)
+    assert_close(torch.from_numpy(changed), (x+.1*raw.grad.sign()).clamp(0, 1), atol=1e-4, rtol=0)
+
+def test_stronger_attacks_are_stronger():
+    torch.manual_seed(0)
+    model,x = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.Tanh(), nn.Linear(64, 10)),torch.rand(200, 1, 28, 28)
+    y = model((x-.286)/.353).argmax(1).numpy()
+    net = attackable(model)
+    wrong = {kind: (net.predict(attack(net, x.numpy(), y, .002, kind)).argmax(1)!=y).mean() for kind in ('one step','ten steps','margin')}
+    assert 0 < wrong['one step'] <= wrong['ten steps'] <= wrong['margin']+.02 < 1
