@@ -54,7 +54,7 @@ def tensor_dls(
     def dl(tensors, bs, train): return TensorDL(torch.utils.data.TensorDataset(*tensors), bs=bs, shuffle=train, drop_last=train, num_workers=0)
     return DataLoaders(dl(train, min(bs, len(train[0])), True), dl(valid, 1000, False))
 
-# %% ../nbs/19_evidence.ipynb #5a53b80f
+# %% ../nbs/19_evidence.ipynb #d2362361
 def to_floats(
     x:Tensor, # (n,1,28,28), uint8
 ) -> Tensor: # (n,1,28,28), float32
@@ -68,7 +68,7 @@ def fashion_dls(
     test:bool=False, # Take the test pictures for validation, instead of the last 10,000 to train on?
     n_valid:int=10_000, # Pictures to validate on
     bs:int=64, # Batch size
-) -> DataLoaders: # `dls.is_wrong`: (n,), bool, which training labels are not the true ones
+) -> DataLoaders: # `dls.idx`: (n,), int64, the places of its training pictures; `dls.is_wrong`: (n,), bool, which of their labels are not the true ones
     "Fashion-MNIST, a sample of it to train on"
     x,y,*held_out = fashion_mnist()
     most = 60_000 if test else 50_000
@@ -77,7 +77,7 @@ def fashion_dls(
     given = tensor(corrupt_labels(y[idx].tolist(), noise, seed))
     xv,yv = held_out if test else (x[50_000:],y[50_000:])
     dls = tensor_dls((to_floats(x[idx]),given), (to_floats(xv[:n_valid]),yv[:n_valid]), bs)
-    dls.is_wrong = given!=y[idx]
+    dls.idx,dls.is_wrong = idx,given!=y[idx]
     return dls
 
 # %% ../nbs/19_evidence.ipynb #1d7fe146
@@ -105,7 +105,7 @@ class SkipValid(Callback):
         "Cancel it"
         raise CancelValidException
 
-# %% ../nbs/19_evidence.ipynb #115614a9
+# %% ../nbs/19_evidence.ipynb #f89568c0
 def scores(
     learn:Learner, # Trained
     dl=None, # Another loader than that of the validation set
@@ -113,7 +113,7 @@ def scores(
     "Score a learner on its validation set"
     with learn.no_bar(): preds,targs = learn.get_preds(dl=dl)
     ece = CalibrationError()(preds, targs)
-    loss = F.nll_loss(preds.clamp_min(1e-8).log(), targs)
+    loss = F.nll_loss(preds.clamp_min(1e-8).log(), targs)   # a sample counts 18.4 at most, which only a network that is very sure and wrong would exceed
     return {'error':100*(preds.argmax(1)!=targs).float().mean().item(), 'loss':loss.item(), 'calibration error':100*ece.item()}
 
 # %% ../nbs/19_evidence.ipynb #291ef71a
@@ -142,13 +142,22 @@ def attack(
     else: raise ValueError(f"kind must be 'one step', 'ten steps' or 'margin', but it is {kind!r}")
     return attack.generate(x, y)
 
-# %% ../nbs/19_evidence.ipynb #7b223b79
+# %% ../nbs/19_evidence.ipynb #02f11943
 def read_runs(
     path:str, # A file that `run_missing` wrote
+    settings:list=None, # Only these runs, all of which must be there
 ) -> pd.DataFrame: # A row for each run: its setting, its results (lists where they were lists) and its `seconds`
     "Finished runs"
     def cell(o): return json.loads(o) if isinstance(o, str) and o.startswith('[') else o
-    return pd.read_csv(path).map(cell)
+    runs = pd.read_csv(path).map(cell)
+    if settings is None: return runs
+    keys = list(settings[0])
+    at = {k:i for i,k in enumerate(runs[keys].itertuples(index=False, name=None))}
+    missing = [o for o in settings if _key(o, keys) not in at]
+    if missing: raise ValueError(f'{path} lacks {len(missing)} of {len(settings)} runs, such as {missing[0]}: run_missing does them')
+    return runs.iloc[[at[_key(o, keys)] for o in settings]].reset_index(drop=True)
+
+def _key(setting, keys): return tuple(setting[k] for k in keys)
 
 def run_missing(
     path:str, # A CSV file, made if it isn't there
@@ -162,7 +171,7 @@ def run_missing(
     if list(runs.columns[:len(keys)])!=keys: raise ValueError(
         f'{path} has runs of another kind of setting, {list(runs.columns)}, not of {keys}: move it out of the way, or take another name')
     done = set(runs[keys].itertuples(index=False, name=None))
-    for setting in progress_bar([o for o in settings if tuple(o.values()) not in done]):
+    for setting in progress_bar([o for o in settings if _key(o, keys) not in done]):
         start = time.time()
         row = setting | run(**setting) | {'seconds': round(time.time()-start, 1)}
         runs = pd.DataFrame(runs.to_dict('records') + [row])
