@@ -30,15 +30,15 @@ def preact_resnet18(
     model.stem = nn.Conv2d(n_in, 64, 3, padding=1, bias=False)
     return model
 
-# %% ../nbs/22_scale.ipynb #73e1f7a5
+# %% ../nbs/22_scale.ipynb #7ca0cd03
 @functools.lru_cache
 def cifar10() -> tuple: # Pictures and classes to train on (50000,3,32,32) and (50000,), to test on (10000,3,32,32) and (10000,); uint8 and int64
-    "CIFAR-10, as fastai downloads it"
+    "CIFAR-10, as fastai downloads it, shuffled, since its files are sorted by class"
     path = untar_data(URLs.CIFAR)
     def part(folder):
         files,labels = folder_images(path/folder)
-        vocab = sorted(set(labels))
-        return torch.stack([tensor(Image.open(o)).permute(2, 0, 1) for o in files]),tensor([vocab.index(o) for o in labels])
+        vocab,order = sorted(set(labels)),np.random.default_rng(0).permutation(len(files))
+        return torch.stack([tensor(Image.open(files[i])).permute(2, 0, 1) for i in order]),tensor([vocab.index(labels[i]) for i in order])
     return part('train') + part('test')
 
 def cifar_dls(
@@ -51,7 +51,7 @@ def cifar_dls(
     mean,std = [tensor(o)[:,None,None] for o in cifar_stats]
     return tensor_dls(((x/255-mean)/std,tensor(corrupt_labels(y.tolist(), noise, seed))), ((xv/255-mean)/std,yv), bs)
 
-# %% ../nbs/22_scale.ipynb #c9d691d4
+# %% ../nbs/22_scale.ipynb #a78cc463
 def shift_flip(
     x:Tensor, # (bs, channels, h, w)
     pad:int=4, # By how many pixels at most
@@ -61,7 +61,8 @@ def shift_flip(
     def at(size): return torch.randint(0, 2*pad+1, (bs,1), device=dev)+torch.arange(size, device=dev)
     rows,cols = at(h),at(w)
     cols = torch.where(torch.rand(bs, 1, device=dev)<.5, cols, cols.flip(1))
-    return F.pad(x, (pad,)*4)[torch.arange(bs, device=dev)[:,None,None],:,rows[:,:,None],cols[:,None]].permute(0, 3, 1, 2).contiguous()
+    black = x.amin((0,2,3), keepdim=True)
+    return (F.pad(x-black, (pad,)*4)+black)[torch.arange(bs, device=dev)[:,None,None],:,rows[:,:,None],cols[:,None]].permute(0, 3, 1, 2).contiguous()
 
 class ShiftFlip(Callback):
     "Shift and mirror the pictures of a training batch, before they are mixed"
@@ -79,7 +80,7 @@ def scale_arms(
     return {'ERM': noop, "fastai's MixUp(1)": lambda: fastai_mixup.MixUp(1.), 'MixUp(.4)': lambda: MixUp(.4), 'MixUp(1)': lambda: MixUp(1.),
         'MixUp(1), as in the paper': lambda: MixUp(1., per_batch=True, fold=False), 'MixUp(8)': lambda: MixUp(8.)}
 
-# %% ../nbs/22_scale.ipynb #44b2d2ec
+# %% ../nbs/22_scale.ipynb #b7420123
 def stepped(
     pct:float, # Share of the training that is done
 ) -> float:
@@ -94,13 +95,14 @@ def train_at_scale(
 ) -> Learner: # Trained
     "Train `preact_resnet18` as the paper does"
     set_seed(seed)
-    learn = Learner(dls, preact_resnet18(dls.one_batch()[0].shape[1]), loss_func=CrossEntropyLossFlat(), metrics=error_rate, wd=1e-4,
+    dls.to(default_device())
+    learn = Learner(dls, preact_resnet18(dls.one_batch()[0].shape[1]), loss_func=CrossEntropyLossFlat(), metrics=error_rate, wd=1e-4, wd_bn_bias=True,
         opt_func=partial(SGD, mom=.9, decouple_wd=False), cbs=[ShiftFlip(), *L(mixer)])
     if torch.cuda.is_available(): learn.to_bf16()
     learn.fit(epochs, cbs=ParamScheduler({'lr': stepped}))
-    return learn
+    return learn.to_fp32()
 
-# %% ../nbs/22_scale.ipynb #dd381d48
+# %% ../nbs/22_scale.ipynb #c1c52004
 def attacked(
     learn:Learner, # Trained
     data:str, # 'fashion' or 'cifar'
@@ -108,12 +110,11 @@ def attacked(
 ) -> dict: # Kind of attack: errors (%), for changes of 1, 2, 4 and 8 of 255
     "Errors on pictures that were changed on purpose"
     x,y = [o[:n].numpy() for o in (fashion_mnist() if data=='fashion' else cifar10())[2:]]
-    stats = (.286,.353) if data=='fashion' else tuple(np.array(o, 'float32')[:,None,None] for o in cifar_stats)
-    net,x = attackable(learn.model.float(), x.shape[1:], stats),(x/255).astype('float32')
+    net,x = attackable(learn.model, x.shape[1:], (.286,.353) if data=='fashion' else cifar_stats),(x/255).astype('float32')
     def error(kind, eps): return 100*float((net.predict(attack(net, x, y, eps/255, kind)).argmax(1)!=y).mean())
     return {kind: [error(kind, eps) for eps in (1,2,4,8)] for kind in ('one step','ten steps')}
 
-# %% ../nbs/22_scale.ipynb #582772c7
+# %% ../nbs/22_scale.ipynb #c7dd89d1
 @call_parse
 def scale(
     epochs:int=60, # To train; the paper has 200
@@ -134,4 +135,4 @@ def scale(
         return scores(learn) | {'curve': curve} | attacked(learn, data, min(n, 1000))
     settings = [dict(arm=arm, data=data, n=n, noise=noise, epochs=epochs, seed=seed) for seed in range(1, seeds+1) for arm in arms]
     run_missing(out, run, settings)
-    print(compare(read_runs(out).query(f'data=={data!r} and noise=={noise} and epochs=={epochs}')).to_string())
+    print(compare(read_runs(out).query(f'data=={data!r} and n=={n} and noise=={noise} and epochs=={epochs}')).to_string())
