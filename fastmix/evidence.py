@@ -142,7 +142,7 @@ def attack(
     else: raise ValueError(f"kind must be 'one step', 'ten steps' or 'margin', but it is {kind!r}")
     return attack.generate(x, y)
 
-# %% ../nbs/19_evidence.ipynb #02f11943
+# %% ../nbs/19_evidence.ipynb #f05439d8
 def read_runs(
     path:str, # A file that `run_missing` wrote
     settings:list=None, # Only these runs, all of which must be there
@@ -159,6 +159,7 @@ def read_runs(
 
 def _key(setting, keys): return tuple(setting[k] for k in keys)
 
+# %% ../nbs/19_evidence.ipynb #2fc33179
 def run_missing(
     path:str, # A CSV file, made if it isn't there
     run:callable, # Takes a setting as keyword arguments, and returns a dictionary of results: numbers, or lists of numbers
@@ -214,19 +215,19 @@ def holm(
     res[order] = np.maximum.accumulate(ps[order]*np.arange(len(ps), 0, -1)).clip(max=1)
     return res
 
-# %% ../nbs/19_evidence.ipynb #da962e0b
+# %% ../nbs/19_evidence.ipynb #8a1c1877
 def compare(
     runs:pd.DataFrame, # A row for each run, with columns `arm` and `seed`
     y:str='error', # What is compared
     base:str='ERM', # The arm that the others are compared with
-) -> pd.DataFrame: # A row for each arm: `y`, its difference from `base`, and p of the differences, corrected; both are mean ± standard deviation over the seeds
+) -> pd.DataFrame: # A row for each arm: `y`, its difference from `base`, both as mean ± standard deviation over the seeds, p of the difference, corrected, and what it says
     "Compare arms, seed by seed"
     ys = runs.pivot(index='seed', columns='arm', values=y)[list(runs['arm'].unique())].dropna()
     others = [o for o in ys if o!=base]
     diff = ys[others].sub(ys[base], axis=0)
     p = pd.Series(holm([stats.ttest_1samp(diff[o], 0).pvalue for o in others]), others)
-    rows = {o: {y: mean_spread(ys[o]), 'difference': mean_spread(diff[o]), 'p': f'{p[o]:.2g}', 'so': _verdict(p[o], diff[o].mean())} for o in others}
-    return pd.DataFrame({base: {y: mean_spread(ys[base])}} | rows).T.fillna('').rename_axis('')
+    rows = {o: {'mean': mean_spread(ys[o]), 'difference': mean_spread(diff[o]), 'p': f'{p[o]:.2g}', 'so': _verdict(p[o], diff[o].mean())} for o in others}
+    return pd.DataFrame({base: {'mean': mean_spread(ys[base])}} | rows).T.fillna('').rename_axis('')
 
 def _verdict(p, diff): return ('lower' if diff<0 else 'higher') if p<.05 else 'no difference found'
 

@@ -50,6 +50,14 @@ def test_runs_of_another_kind_are_not_added_to(tmp_path):
         with pytest.raises(ValueError, match='another kind of setting'): run_missing(path, Runs(), [other])
     assert path.read_text()==was
 
+def test_asked_for_runs_come_in_their_order_and_all(tmp_path):
+    path = tmp_path/'runs.csv'
+    run_missing(path, Runs(), settings)
+    wanted = [dict(reversed(o.items())) for o in settings[5:1:-1]]
+    assert read_runs(path, wanted)[list(wanted[0])].to_dict('records')==wanted
+    run_missing(path, Runs(0), [settings[0], *({k:o[k] for k in reversed(o)} for o in settings[1:])])
+    with pytest.raises(ValueError, match='lacks 1 of 17 runs, such as.*\'seed\': 9'): read_runs(path, [*settings, settings[0]|dict(seed=9)])
+
 def test_choosing_never_sees_the_test_set():
     rng = np.random.default_rng(0)
     rows = [dict(zip(('arm','n','lr','p','seed','test'), o), loss=rng.random()) for o in itertools.product('ab', (1,2), (1,2,3), (.1,.2), (8,9), (True,False))]
@@ -92,6 +100,32 @@ def test_seeds_are_drawn_in_the_colour_of_their_mean():
     lines = plot_seeds([1,2], [[0,1],[2,5]], 'a').lines
     assert len({o.get_color() for o in lines})==1 and [o.get_label() for o in lines].count('a')==1
     np.testing.assert_allclose(lines[0].get_ydata(), [1,3])
+
+@pytest.mark.parametrize('line', [
+    ('calibration', dict(network='mlp'), 'calibration error', 'ERM', 'MixUp(.4)', 'lower'),
+    ('calibration', dict(network='cnn'), 'calibration error', 'ERM', 'MixUp(.4)', 'lower'),
+    ('corrupt_labels', dict(noise=.5), 'train error, random', 'ERM', 'mixup(32)', 'higher'),
+    ('generalisation', dict(network='cnn', n=20_000), 'error', 'ERM', 'MixUp(.4)', 'lower'),
+    ('generalisation', dict(network='cnn', n=1000), 'error', 'ERM', 'MixUp(.4)', 'higher'),
+    ('corrupt_labels', dict(noise=.5), 'error', 'dropout', 'mixup(32)', 'higher'),
+    ('adversarial', dict(network='cnn'), 'ten steps', 'ERM', 'MixUp(.4)', 'higher'),
+], ids=lambda o: f'{o[0]} {o[2]} {list(o[1].values())}')
+def test_the_landing_page_says_what_the_runs_say(root, line):
+    name,where,y,base,arm,so = line
+    runs = read_runs(root/f'nbs/tutorials/runs/{name}.csv')
+    runs = runs[runs['test'] & (runs[list(where)]==pd.Series(where)).all(axis=1)]
+    if name=='adversarial': runs = runs.assign(**{y: runs[y].map(lambda o: o[2])})
+    found = compare(runs, y, base)
+    assert found.so[arm]==so
+    assert f'{found["mean"][base]} → {found["mean"][arm]}'.replace('\xa0', ' ') in (root/'README.md').read_text().replace('\xa0', ' ')
+
+@pytest.mark.parametrize('name', ['adversarial','calibration','calibration_toys','corrupt_labels','generalisation','partners','regression'])
+def test_reported_seeds_are_fresh_and_as_many_for_every_arm(root, name):
+    runs = read_runs(root/f'nbs/tutorials/runs/{name}.csv')
+    tuned,reported = runs[~runs.test],runs[runs.test]
+    assert not set(tuned.seed) & set(reported.seed)
+    others = [o for o in ('network','toy_name','noise','n','epochs','table') if o in runs and (name,o)!=('regression','epochs')]
+    for _,group in reported.groupby([*others,'arm'] if others else 'arm'): assert sorted(group.seed)==list(range(1, len(group)+1)) and len(group)>=3
 
 def test_a_missing_data_set_says_how_to_get_it(tmp_path):
     with pytest.raises(FileNotFoundError, match=f'(?s){tmp_path}.*apt-get install dataset-fashion-mnist.*FashionMNIST.*download=True'): fashion_mnist(str(tmp_path))
