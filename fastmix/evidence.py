@@ -159,7 +159,7 @@ def read_runs(
 
 def _key(setting, keys): return tuple(setting[k] for k in keys)
 
-# %% ../nbs/19_evidence.ipynb #2fc33179
+# %% ../nbs/19_evidence.ipynb #c2c62f30
 def run_missing(
     path:str, # A CSV file, made if it isn't there
     run:callable, # Takes a setting as keyword arguments, and returns a dictionary of results: numbers, or lists of numbers
@@ -172,7 +172,8 @@ def run_missing(
     if list(runs.columns[:len(keys)])!=keys: raise ValueError(
         f'{path} has runs of another kind of setting, {list(runs.columns)}, not of {keys}: move it out of the way, or take another name')
     done = set(runs[keys].itertuples(index=False, name=None))
-    for setting in progress_bar([o for o in settings if _key(o, keys) not in done]):
+    todo = [o for o in settings if _key(o, keys) not in done]
+    for setting in progress_bar(todo) if todo else ():
         start = time.time()
         row = setting | run(**setting) | {'seconds': round(time.time()-start, 1)}
         runs = pd.DataFrame(runs.to_dict('records') + [row])
@@ -196,13 +197,13 @@ def choose(
     best = mean.loc[mean.groupby([*arm], sort=False)[by].idxmin()]
     return best.set_index([*arm])[[*over]].to_dict('index')
 
-# %% ../nbs/19_evidence.ipynb #164ac08e
+# %% ../nbs/19_evidence.ipynb #3f7ee1ab
 def mean_spread(
     o:pd.Series, # A number for each seed
     digits:int=3, # To show of the mean
 ) -> str:
     "Mean ± standard deviation, if there is more than one seed"
-    return f'{o.mean():.{digits}g}' + (f'\xa0±\xa0{o.std():.2g}' if len(o)>1 else '')
+    return f'{o.mean():.{digits}g}' + (f'\xa0±\xa0{round(o.std(), 9):.2g}' if len(o)>1 else '')
 
 # %% ../nbs/19_evidence.ipynb #9b03b0e0
 def holm(
