@@ -216,7 +216,7 @@ def holm(
     res[order] = np.maximum.accumulate(ps[order]*np.arange(len(ps), 0, -1)).clip(max=1)
     return res
 
-# %% ../nbs/19_evidence.ipynb #8a1c1877
+# %% ../nbs/19_evidence.ipynb #c179430a
 def compare(
     runs:pd.DataFrame, # A row for each run, with columns `arm` and `seed`
     y:str='error', # What is compared
@@ -227,8 +227,8 @@ def compare(
     others = [o for o in ys if o!=base]
     diff = ys[others].sub(ys[base], axis=0)
     p = pd.Series(holm([stats.ttest_1samp(diff[o], 0).pvalue for o in others]), others)
-    rows = {o: {'mean': mean_spread(ys[o]), 'difference': mean_spread(diff[o]), 'p': f'{p[o]:.2g}', 'so': _verdict(p[o], diff[o].mean())} for o in others}
-    return pd.DataFrame({base: {'mean': mean_spread(ys[base])}} | rows).T.fillna('').rename_axis('')
+    rows = {o: dict(mean=mean_spread(ys[o]), difference=mean_spread(diff[o]), p=f'{p[o]:.2g}', so=_verdict(p[o], diff[o].mean())) for o in others}
+    return pd.DataFrame({base: dict(mean=mean_spread(ys[base]))} | rows).T.fillna('').rename_axis('')
 
 def _verdict(p, diff): return ('lower' if diff<0 else 'higher') if p<.05 else 'no difference found'
 
