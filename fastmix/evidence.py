@@ -80,7 +80,7 @@ def fashion_dls(
     dls.idx,dls.is_wrong = idx,given!=y[idx]
     return dls
 
-# %% ../nbs/19_evidence.ipynb #1d7fe146
+# %% ../nbs/19_evidence.ipynb #04d968ef
 def mlp(
     nh:int=512, # Units in each of two hidden layers
     p:float=0., # Dropout before the last layer
@@ -89,12 +89,11 @@ def mlp(
     return nn.Sequential(nn.Flatten(), nn.Linear(784, nh), nn.ReLU(), nn.Linear(nh, nh), nn.ReLU(), nn.Dropout(p), nn.Linear(nh, 10))
 
 def cnn(
-    nf:int=16, # Channels of the first of three layers; each of the next has twice as many
     p:float=0., # Dropout before the last layer
 ) -> nn.Module: # From (bs,1,28,28) to (bs,10)
     "Three convolutions with batch normalisation and ReLU"
-    convs = [ConvLayer(1, nf, stride=2), ConvLayer(nf, 2*nf, stride=2), ConvLayer(2*nf, 4*nf)]
-    return nn.Sequential(*convs, nn.Flatten(), nn.Dropout(p), nn.Linear(49*4*nf, 10))
+    convs = [ConvLayer(1, 16, stride=2), ConvLayer(16, 32, stride=2), ConvLayer(32, 64)]
+    return nn.Sequential(*convs, nn.Flatten(), nn.Dropout(p), nn.Linear(49*64, 10))
 
 # %% ../nbs/19_evidence.ipynb #37ed2de9
 adamw = partial(OptimWrapper, opt=torch.optim.AdamW, fused=True)
@@ -232,16 +231,15 @@ def compare(
 
 def _verdict(p, diff): return ('lower' if diff<0 else 'higher') if p<.05 else 'no difference found'
 
-# %% ../nbs/19_evidence.ipynb #28698d8f
+# %% ../nbs/19_evidence.ipynb #d88ac2d3
 def plot_seeds(
     x, # (n,) Where
     ys, # (seeds, n)
     label:str=None, # Of the mean
     ax:plt.Axes=None, # Where to draw; the current axes by default
-    **kwargs # For `Axes.plot`
 ) -> plt.Axes:
     "A thin line for each seed and a thick one for their mean"
     ax,ys = ax or plt.gca(),np.array(list(ys))
-    line, = ax.plot(x, ys.mean(0), lw=2, label=label, **kwargs)
-    ax.plot(x, ys.T, **{**kwargs, 'lw':.7, 'alpha':.5, 'color':line.get_color()})
+    line, = ax.plot(x, ys.mean(0), lw=2, label=label)
+    ax.plot(x, ys.T, lw=.7, alpha=.5, color=line.get_color())
     return ax
