@@ -222,7 +222,10 @@ def compare(
     base:str='ERM', # The arm that the others are compared with
 ) -> pd.DataFrame: # A row for each arm: `y`, its difference from `base`, both as mean ± standard deviation over the seeds, p of the difference, corrected, and what it says
     "Compare arms, seed by seed"
-    ys = runs.pivot(index='seed', columns='arm', values=y)[list(runs['arm'].unique())].dropna()
+    ys = runs.pivot(index='seed', columns='arm', values=y)[list(runs['arm'].unique())]
+    if ys.isna().any(axis=None):
+        arm,seed = ys.isna().T.stack().idxmax()
+        raise ValueError(f'Arms are compared seed by seed, but {arm!r} has no {y} for seed {seed}: run it, or leave out that arm or that seed')
     others = [o for o in ys if o!=base]
     diff = ys[others].sub(ys[base], axis=0)
     p = pd.Series(holm([stats.ttest_1samp(diff[o], 0).pvalue for o in others]), others)

@@ -85,9 +85,11 @@ def test_compare_is_a_paired_test_with_holms_correction():
     d = errors['mixed']-errors['ERM']
     assert res.difference['mixed']==f'{d.mean():.3g}\xa0±\xa0{d.std(ddof=1):.2g}'
 
-def test_compare_takes_the_seeds_that_all_arms_have():
+def test_compare_refuses_arms_with_other_seeds():
     runs = some_runs()
-    assert compare(runs).equals(compare(pd.concat([runs, pd.DataFrame([dict(arm='ERM', seed=99, error=0.)])])))
+    with pytest.raises(ValueError, match="'mixed' has no error for seed 99: run it, or leave out that arm or that seed"):
+        compare(pd.concat([runs, pd.DataFrame([dict(arm='ERM', seed=99, error=0.)])]))
+    with pytest.raises(ValueError, match="'same' has no error for seed 3"): compare(runs.assign(error=runs.error.mask((runs.arm=='same') & (runs.seed==3))))
 
 def test_holm_is_that_of_statsmodels():
     for n in (1,2,9): np.testing.assert_allclose(holm(ps := np.random.default_rng(n).random(n)**3), multipletests(ps, method='holm')[1])
