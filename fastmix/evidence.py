@@ -20,8 +20,8 @@ from .metrics import *
 
 # %% auto #0
 __all__ = ['fashion_folders', 'adamw', 'fashion_mnist', 'TensorDL', 'tensor_dls', 'to_floats', 'fashion_dls', 'mlp', 'cnn',
-           'SkipValid', 'scores', 'attackable', 'attack', 'read_runs', 'run_missing', 'choose', 'mean_spread', 'holm',
-           'compare', 'plot_seeds']
+           'SkipValid', 'scores', 'memory', 'attackable', 'attack', 'changed', 'misled', 'read_runs', 'run_missing',
+           'choose', 'best_runs', 'by_seed', 'mean_spread', 'holm', 'compare', 'plot_seeds', 'plot_dots']
 
 # %% ../nbs/19_evidence.ipynb #dc6e93c7
 fashion_folders = [Path('/usr/share/datasets/fashion-mnist'), fastai_path('data')/'FashionMNIST/raw']
@@ -115,6 +115,15 @@ def scores(
     loss = F.nll_loss(preds.clamp_min(1e-8).log(), targs)   # a sample counts 18.4 at most, which only a network that is very sure and wrong would exceed
     return {'error':100*(preds.argmax(1)!=targs).float().mean().item(), 'loss':loss.item(), 'calibration error':100*ece.item()}
 
+# %% ../nbs/19_evidence.ipynb #48d38ed1
+def memory(
+    learn:Learner, # Trained, with `dls` from `fashion_dls`
+) -> dict: # `train error, true` and `train error, random` (%)
+    "Errors on the training pictures whose labels are true, and on those whose labels are not"
+    with learn.no_bar(): preds,given = learn.get_preds(dl=learn.dls.valid.new(learn.dls.train.dataset))
+    missed,wrong = preds.argmax(1)!=given,learn.dls.is_wrong
+    return {'train error, true': 100*missed[~wrong].float().mean().item(), 'train error, random': 100*missed[wrong].float().mean().item()}
+
 # %% ../nbs/19_evidence.ipynb #291ef71a
 def attackable(
     model:nn.Module, # Of pictures with mean 0 and standard deviation 1
@@ -134,12 +143,31 @@ def attack(
 ) -> np.ndarray: # (n, *size), from 0 to 1
     "Change pictures so that `net` mistakes them"
     from art.attacks.evasion import AutoProjectedGradientDescent, BasicIterativeMethod, FastGradientMethod
-    if kind=='one step': attack = FastGradientMethod(net, eps=eps, batch_size=500)
-    elif kind=='ten steps': attack = BasicIterativeMethod(net, eps=eps, eps_step=eps/4, max_iter=10, batch_size=500, verbose=False)
-    elif kind=='margin': attack = AutoProjectedGradientDescent(net, eps=eps, eps_step=eps/2, max_iter=20, nb_random_init=1, batch_size=500,
+    if kind=='one step': method = FastGradientMethod(net, eps=eps, batch_size=500)
+    elif kind=='ten steps': method = BasicIterativeMethod(net, eps=eps, eps_step=eps/4, max_iter=10, batch_size=500, verbose=False)
+    elif kind=='margin': method = AutoProjectedGradientDescent(net, eps=eps, eps_step=eps/2, max_iter=20, nb_random_init=1, batch_size=500,
         loss_type='difference_logits_ratio', verbose=False)
     else: raise ValueError(f"kind must be 'one step', 'ten steps' or 'margin', but it is {kind!r}")
-    return attack.generate(x, y)
+    return method.generate(x, y)
+
+# %% ../nbs/19_evidence.ipynb #edb7b954
+def changed(
+    net, # From `attackable`
+    x:np.ndarray, # (n, *size), from 0 to 1
+    y:np.ndarray, # (n,) Their true classes
+    kinds:tuple=('one step','ten steps','margin'), # Of `attack`
+    sizes:tuple=(1,2,4,8), # The largest change of a pixel, in 255ths
+) -> dict: # Kind: for each size, pictures (n, *size)
+    "Change pictures in several ways so that `net` mistakes them"
+    return {kind: [attack(net, x, y, eps/255, kind) for eps in sizes] for kind in kinds}
+
+def misled(
+    net, # From `attackable`, not necessarily of the network that was attacked
+    pictures:dict, # From `changed`
+    y:np.ndarray, # (n,) Their true classes
+) -> dict: # Kind: for each size, errors (%)
+    "How many pictures of each kind a network mistakes"
+    return {kind: [100*float((net.predict(o).argmax(1)!=y).mean()) for o in xs] for kind,xs in pictures.items()}
 
 # %% ../nbs/19_evidence.ipynb #f05439d8
 def read_runs(
@@ -191,10 +219,34 @@ def choose(
     arm='arm', # Names of the columns to choose for
 ) -> dict: # Arm (a tuple if there are several columns): what was chosen, a dictionary
     "For each arm the hyper-parameters that did best on the validation split"
-    arm,over = L(arm),L(over)
+    return _best(runs, L(over), by, L(arm)).set_index([*L(arm)]).to_dict('index')
+
+def _best(runs, over, by, arm):
     mean = runs[~runs['test']].groupby([*arm,*over], sort=False)[by].mean().reset_index()
-    best = mean.loc[mean.groupby([*arm], sort=False)[by].idxmin()]
-    return best.set_index([*arm])[[*over]].to_dict('index')
+    return mean.loc[mean.groupby([*arm], sort=False)[by].idxmin(), [*arm,*over]]
+
+# %% ../nbs/19_evidence.ipynb #4af3f273
+def best_runs(
+    runs:pd.DataFrame, # From `read_runs`, with a column `test`
+    over, # Names of the columns to choose in
+    by:str='error', # The less of it the better, on average over the seeds
+    arm='arm', # Names of the columns to choose for
+) -> pd.DataFrame: # Some rows of `runs`
+    "The runs on the test set of what does best on the validation split"
+    return runs[runs['test']].merge(_best(runs, L(over), by, L(arm)))
+
+# %% ../nbs/19_evidence.ipynb #ce956e29
+def by_seed(
+    runs:pd.DataFrame, # A row for each run, with columns `arm` and `seed`
+    y:str='error', # The column to look at
+    base:str=None, # Subtract what this arm has
+) -> pd.DataFrame: # A row for each seed, a column for each arm
+    "One result of every arm and seed"
+    ys = runs.pivot(index='seed', columns='arm', values=y)[list(runs['arm'].unique())]
+    if ys.isna().any(axis=None):
+        arm,seed = ys.isna().T.stack().idxmax()
+        raise ValueError(f'Arms are compared seed by seed, but {arm!r} has no {y} for seed {seed}: run it, or leave out that arm or that seed')
+    return ys.sub(ys[base], axis=0) if base else ys
 
 # %% ../nbs/19_evidence.ipynb #3f7ee1ab
 def mean_spread(
@@ -222,14 +274,9 @@ def compare(
     base:str='ERM', # The arm that the others are compared with
 ) -> pd.DataFrame: # A row for each arm: `y`, its difference from `base`, both as mean ± standard deviation over the seeds, p of the difference, corrected, and what it says
     "Compare arms, seed by seed"
-    ys = runs.pivot(index='seed', columns='arm', values=y)[list(runs['arm'].unique())]
-    if ys.isna().any(axis=None):
-        arm,seed = ys.isna().T.stack().idxmax()
-        raise ValueError(f'Arms are compared seed by seed, but {arm!r} has no {y} for seed {seed}: run it, or leave out that arm or that seed')
-    others = [o for o in ys if o!=base]
-    diff = ys[others].sub(ys[base], axis=0)
-    p = pd.Series(holm([stats.ttest_1samp(diff[o], 0).pvalue for o in others]), others)
-    rows = {o: dict(mean=mean_spread(ys[o]), difference=mean_spread(diff[o]), p=f'{p[o]:.2g}', so=_verdict(p[o], diff[o].mean())) for o in others}
+    ys,diff = by_seed(runs, y),by_seed(runs, y, base).drop(columns=base)
+    p = pd.Series(holm([stats.ttest_1samp(diff[o], 0).pvalue for o in diff]), diff.columns)
+    rows = {o: dict(mean=mean_spread(ys[o]), difference=mean_spread(diff[o]), p=f'{p[o]:.2g}', so=_verdict(p[o], diff[o].mean())) for o in diff}
     return pd.DataFrame({base: dict(mean=mean_spread(ys[base]))} | rows).T.fillna('').rename_axis('')
 
 def _verdict(p, diff): return ('lower' if diff<0 else 'higher') if p<.05 else 'no difference found'
@@ -245,4 +292,17 @@ def plot_seeds(
     ax,ys = ax or plt.gca(),np.array(list(ys))
     line, = ax.plot(x, ys.mean(0), lw=2, label=label)
     ax.plot(x, ys.T, lw=.7, alpha=.5, color=line.get_color())
+    return ax
+
+# %% ../nbs/19_evidence.ipynb #2e1de5c4
+def plot_dots(
+    ys, # Name: a number for each seed; a dictionary, or what `by_seed` gives
+    ax:plt.Axes=None, # Where to draw; the current axes by default
+) -> plt.Axes:
+    "A line of dots for each name, the first on top"
+    ax = ax or plt.gca()
+    for i,o in enumerate(dict(ys).values()):
+        ax.plot(o, [i]*len(o), 'o', ms=4, alpha=.5, c='C0')
+        ax.plot(np.mean(o), i, 'k|', ms=14)
+    ax.set(yticks=range(len(dict(ys))), yticklabels=list(ys), ylim=(len(dict(ys))-.5,-.5))
     return ax

@@ -18,16 +18,19 @@ from .evidence import *
 
 # %% auto #0
 __all__ = ['preact_resnet18', 'cifar10', 'cifar_dls', 'shift_flip', 'ShiftFlip', 'scale_arms', 'stepped', 'train_at_scale',
-           'attacked', 'scale']
+           'to_attack', 'scale']
 
 # %% ../nbs/22_scale.ipynb #62c38f23
 def preact_resnet18(
     n_in:int=1, # Channels of the pictures
+    p:float=0., # Dropout in each block, between its two convolutions
 ) -> nn.Module: # From (bs, n_in, h, w) to (bs, 10)
     "The pre-activation ResNet-18 of [He et al., 2016](https://arxiv.org/abs/1603.05027), for small pictures"
     import timm
     model = timm.create_model('resnetv2_18', num_classes=10, in_chans=n_in)
     model.stem = nn.Conv2d(n_in, 64, 3, padding=1, bias=False)
+    for block in model.stages.modules():
+        if hasattr(block, 'conv2'): block.norm2 = nn.Sequential(block.norm2, nn.Dropout(p))
     return model
 
 # %% ../nbs/22_scale.ipynb #7ca0cd03
@@ -45,11 +48,14 @@ def cifar_dls(
     seed:int, # Which labels are replaced
     noise:float=0., # Share of the training labels to replace by random ones
     bs:int=64, # Batch size
-) -> DataLoaders:
+) -> DataLoaders: # `dls.is_wrong`: (n,), bool, which of the training labels are not the true ones
     "CIFAR-10, all of it"
     x,y,xv,yv = cifar10()
     mean,std = [tensor(o)[:,None,None] for o in cifar_stats]
-    return tensor_dls(((x/255-mean)/std,tensor(corrupt_labels(y.tolist(), noise, seed))), ((xv/255-mean)/std,yv), bs)
+    given = tensor(corrupt_labels(y.tolist(), noise, seed))
+    dls = tensor_dls(((x/255-mean)/std,given), ((xv/255-mean)/std,yv), bs)
+    dls.is_wrong = given!=y
+    return dls
 
 # %% ../nbs/22_scale.ipynb #a78cc463
 def shift_flip(
@@ -74,11 +80,12 @@ class ShiftFlip(Callback):
 # %% ../nbs/22_scale.ipynb #80e94815
 def scale_arms(
     noise:float, # Share of the training labels that are random
-) -> dict: # Name: function that makes a mixer, or None
+) -> dict: # Name: a function that makes a mixer, or None, and the share to drop in each block
     "What is compared"
-    if noise: return {'ERM': noop, 'MixUp(8)': lambda: MixUp(8.), 'MixUp(8), as in the paper': lambda: MixUp(8., per_batch=True, fold=False)}
-    return {'ERM': noop, "fastai's MixUp(1)": lambda: fastai_mixup.MixUp(1.), 'MixUp(.4)': lambda: MixUp(.4), 'MixUp(1)': lambda: MixUp(1.),
-        'MixUp(1), as in the paper': lambda: MixUp(1., per_batch=True, fold=False), 'MixUp(8)': lambda: MixUp(8.)}
+    def same_method(alpha, name): return {f"fastai's MixUp({name})": (partial(fastai_mixup.MixUp, alpha),0.), f'MixUp({name})': (partial(MixUp, alpha),0.),
+        f'MixUp({name}), as in the paper': (partial(MixUp, alpha, per_batch=True, fold=False),0.)}
+    if noise: return {'ERM': (noop,0.), 'dropout': (noop,.8), **same_method(8., '8'), 'MixUp(8) + dropout': (partial(MixUp, 8.),.3)}
+    return {'ERM': (noop,0.), 'dropout': (noop,.3), 'CutMix': (CutMix,0.), 'MixUp(.4)': (MixUp,0.), **same_method(1., '1'), 'MixUp(8)': (partial(MixUp, 8.),0.)}
 
 # %% ../nbs/22_scale.ipynb #b7420123
 def stepped(
@@ -90,29 +97,27 @@ def stepped(
 def train_at_scale(
     dls:DataLoaders, # Pictures, 28 or 32 pixels wide, and ten classes
     mixer, # A mixer, or None
+    p:float, # Dropout in each block
     epochs:int, # To train
     seed:int, # Of the weights, the order of the batches and the mixing
 ) -> Learner: # Trained
     "Train `preact_resnet18` as the paper does"
     set_seed(seed)
     dls.to(default_device())
-    learn = Learner(dls, preact_resnet18(dls.one_batch()[0].shape[1]), loss_func=CrossEntropyLossFlat(), metrics=error_rate, wd=1e-4, wd_bn_bias=True,
+    learn = Learner(dls, preact_resnet18(dls.one_batch()[0].shape[1], p), loss_func=CrossEntropyLossFlat(), metrics=error_rate, wd=1e-4, wd_bn_bias=True,
         opt_func=partial(SGD, mom=.9, decouple_wd=False), cbs=[ShiftFlip(), *L(mixer)])
     if torch.cuda.is_available(): learn.to_bf16()
     learn.fit(epochs, cbs=ParamScheduler({'lr': stepped}))
     return learn.to_fp32()
 
 # %% ../nbs/22_scale.ipynb #c1c52004
-def attacked(
-    learn:Learner, # Trained
+def to_attack(
     data:str, # 'fashion' or 'cifar'
     n:int=1000, # Test pictures
-) -> dict: # Kind of attack: errors (%), for changes of 1, 2, 4 and 8 of 255
-    "Errors on pictures that were changed on purpose"
+) -> tuple: # Pictures (n, channels, h, w), from 0 to 1, their classes (n,), and mean and standard deviation by which they are scaled
+    "What attacks are aimed at"
     x,y = [o[:n].numpy() for o in (fashion_mnist() if data=='fashion' else cifar10())[2:]]
-    net,x = attackable(learn.model, x.shape[1:], (.286,.353) if data=='fashion' else cifar_stats),(x/255).astype('float32')
-    def error(kind, eps): return 100*float((net.predict(attack(net, x, y, eps/255, kind)).argmax(1)!=y).mean())
-    return {kind: [error(kind, eps) for eps in (1,2,4,8)] for kind in ('one step','ten steps')}
+    return (x/255).astype('float32'),y,(.286,.353) if data=='fashion' else cifar_stats
 
 # %% ../nbs/22_scale.ipynb #c7dd89d1
 @call_parse
@@ -126,13 +131,19 @@ def scale(
 ):
     "Train and score a pre-activation ResNet-18 with and without mixup"
     if data not in ('fashion','cifar'): raise ValueError(f"data must be 'fashion' or 'cifar', but it is {data!r}")
-    arms = scale_arms(noise)
-    def run(arm, seed, **_):
-        set_seed(seed)
+    arms,(x,y,stats) = scale_arms(noise),to_attack(data, min(n, 1000))
+    def train(arm, seed):
         dls = fashion_dls(n, seed, noise, test=True, n_valid=n, bs=128) if data=='fashion' else cifar_dls(seed, noise, bs=128)
-        learn = train_at_scale(dls, arms[arm](), epochs, seed)
-        curve = [100*o[2] for o in learn.recorder.values]
-        return scores(learn) | {'curve': curve} | attacked(learn, data, min(n, 1000))
+        mixer,p = arms[arm]
+        return train_at_scale(dls, mixer(), p, epochs, seed)
+    def view(learn): return attackable(learn.model, x.shape[1:], stats)
+    @functools.lru_cache
+    def made_elsewhere(): return {f'{kind}, made elsewhere': xs for kind,xs in changed(view(train('ERM', 100)), x, y, ('one step','ten steps')).items()}
+    def run(arm, seed, **_):
+        learn = train(arm, seed)
+        curve = [100*o[2] for o in learn.recorder.values]   # before `get_preds`, which empties the recorder
+        res = scores(learn) | memory(learn) | {'curve': curve}
+        return res if noise else res | misled(view(learn), {'unchanged': [x]} | changed(view(learn), x, y) | made_elsewhere(), y)
     settings = [dict(arm=arm, data=data, n=n, noise=noise, epochs=epochs, seed=seed) for seed in range(1, seeds+1) for arm in arms]
     run_missing(out, run, settings)
     print(compare(read_runs(out).query(f'data=={data!r} and n=={n} and noise=={noise} and epochs=={epochs}')).to_string())

@@ -1,12 +1,13 @@
 "The tables behind the evidence: runs that resume, hyper-parameters that are chosen without the test set, and tests of a difference"
 import itertools
-import numpy as np, pandas as pd, pytest, torch
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
 from scipy.stats import ttest_rel
 from statsmodels.stats.multitest import multipletests
 from torch import nn
 from torch.testing import assert_close
-from fastmix.evidence import attack, attackable, choose, compare, fashion_dls, fashion_mnist, holm, mean_spread, plot_seeds, read_runs, run_missing, to_floats
-from fastmix.evidence import tensor_dls
+from fastai.basics import CrossEntropyLossFlat, Learner
+from fastmix.evidence import attack, attackable, best_runs, by_seed, changed, choose, compare, fashion_dls, fashion_mnist, holm, mean_spread, memory, misled
+from fastmix.evidence import plot_dots, plot_seeds, read_runs, run_missing, tensor_dls, to_floats
 
 settings = [dict(arm=arm, lr=lr, test=test, seed=seed) for arm in 'ab' for lr in (1e-3,.3) for test in (False,True) for seed in (1,2)]
 
@@ -61,12 +62,14 @@ def test_asked_for_runs_come_in_their_order_and_all(tmp_path):
 def test_choosing_never_sees_the_test_set():
     rng = np.random.default_rng(0)
     rows = [dict(zip(('arm','n','lr','p','seed','test'), o), loss=rng.random()) for o in itertools.product('ab', (1,2), (1,2,3), (.1,.2), (8,9), (True,False))]
-    found = choose(pd.DataFrame(rows), ['lr','p'], 'loss', ['arm','n'])
+    found,reported = [f(pd.DataFrame(rows), ['lr','p'], 'loss', ['arm','n']) for f in (choose,best_runs)]
     for a in 'ab':
         for n in (1,2):
             def mean(lr, p): return np.mean([o['loss'] for o in rows if (o['arm'],o['n'],o['lr'],o['p'],o['test'])==(a,n,lr,p,False)])
             lr,p = min(((lr,p) for lr in (1,2,3) for p in (.1,.2)), key=lambda o: mean(*o))
             assert found[a,n]==dict(lr=lr, p=p)
+            want = [o for o in rows if (o['arm'],o['n'],o['lr'],o['p'],o['test'])==(a,n,lr,p,True)]
+            assert reported[(reported.arm==a) & (reported.n==n)].to_dict('records')==want
 
 def some_runs(seeds=6, shift=-.5):
     rng = np.random.default_rng(3)
@@ -94,6 +97,14 @@ def test_compare_refuses_arms_with_other_seeds():
 def test_holm_is_that_of_statsmodels():
     for n in (1,2,9): np.testing.assert_allclose(holm(ps := np.random.default_rng(n).random(n)**3), multipletests(ps, method='holm')[1])
 
+def test_arms_are_compared_by_seed_in_whatever_order_they_were_run():
+    runs = some_runs().sample(frac=1, random_state=1)
+    got = by_seed(runs, base='ERM')
+    for a in runs.arm.unique():
+        for s in range(6):
+            mine,base = [runs[(runs.arm==o) & (runs.seed==s)].error.item() for o in (a,'ERM')]
+            assert got[a][s]==mine-base and by_seed(runs)[a][s]==mine
+
 def test_one_seed_has_no_spread():
     assert mean_spread(pd.Series([2.]))=='2'
     assert mean_spread(pd.Series([1.,3.]))=='2\xa0±\xa01.4'
@@ -103,39 +114,60 @@ def test_seeds_are_drawn_in_the_colour_of_their_mean():
     assert len({o.get_color() for o in lines})==1 and [o.get_label() for o in lines].count('a')==1
     np.testing.assert_allclose(lines[0].get_ydata(), [1,3])
 
+def test_dots_stand_beside_their_names_from_the_top():
+    ax = plot_dots({'a': [1,2,6], 'b': [4.]}, plt.figure().gca())
+    assert [o.get_text() for o in ax.get_yticklabels()]==['a','b'] and ax.get_ylim()[0] > ax.get_ylim()[1]
+    assert [[list(np.atleast_1d(v)) for v in o.get_data()] for o in ax.lines]==[[[1,2,6],[0,0,0]], [[3],[0]], [[4],[1]], [[4],[1]]]
+
+over = dict(calibration=['eps','lr'], calibration_toys='lr', corrupt_labels=['alpha','p','lr'], adversarial='lr', generalisation=['alpha','p','eps','lr'], partners='lr',
+    regression=['alpha','bandwidth','epochs'])
+places = dict(calibration=['network'], calibration_toys=['toy_name'], corrupt_labels=['noise'], adversarial=['network'], generalisation=['network','n','epochs'],
+    partners=[], regression=['table'])
+
+def runs_of(root, name): return read_runs(root/f'nbs/tutorials/runs/{name}.csv')
+
 @pytest.mark.parametrize('line', [
-    ('calibration', dict(network='mlp'), 'calibration error', 'ERM', 'MixUp(.4)', 'lower'),
-    ('calibration', dict(network='cnn'), 'calibration error', 'ERM', 'MixUp(.4)', 'lower'),
-    ('corrupt_labels_alike', dict(noise=.5), 'train error, random', 'ERM', 'mixup(32)', 'higher'),
-    ('calibration_by_loss', dict(network='mlp'), 'calibration error', 'ERM', 'MixUp(.4)', 'lower'),
-    ('calibration_by_loss', dict(network='cnn'), 'calibration error', 'ERM', 'MixUp(.4)', 'no difference found'),
-    ('generalisation', dict(network='cnn', n=5000), 'error', 'ERM', 'MixUp(.4)', 'lower'),
-    ('generalisation', dict(network='cnn', n=5000), 'error', 'ERM', 'CutMix', 'lower'),
-    ('generalisation', dict(network='cnn', n=1000), 'error', 'ERM', 'MixUp(.4)', 'no difference found'),
-    ('generalisation', dict(network='cnn', n=20_000), 'error', 'ERM', 'MixUp(.4)', 'no difference found'),
-    ('corrupt_labels', dict(noise=.5), 'error', 'ERM', 'mixup(1)', 'higher'),
-    ('corrupt_labels', dict(noise=.5), 'error', 'dropout', 'mixup(1)', 'higher'),
-    ('adversarial', dict(network='cnn'), 'ten steps', 'ERM', 'MixUp(.4)', 'higher'),
-    ('gans', dict(target='ring'), 'late_good', 'ERM', 'α = 0.2', 'lower'),
-    ('gans', dict(target='grid'), 'late_good', 'ERM', 'α = 0.2', 'lower'),
-], ids=lambda o: f'{o[0]} {o[2]} {o[4]} {list(o[1].values())}')
+    ('calibration', dict(network='mlp'), 'error', 'calibration error', 'ERM', 'MixUp(.4)', 'lower'),
+    ('calibration', dict(network='cnn'), 'error', 'calibration error', 'ERM', 'MixUp(.4)', 'lower'),
+    ('corrupt_labels', dict(noise=.5, lr=.003), 'error', 'train error, random', 'ERM', 'mixup(32)', 'higher'),
+    ('calibration', dict(network='mlp'), 'loss', 'calibration error', 'ERM', 'MixUp(.4)', 'lower'),
+    ('calibration', dict(network='cnn'), 'loss', 'calibration error', 'ERM', 'MixUp(.4)', 'no difference found'),
+    ('generalisation', dict(network='cnn', n=5000), 'error', 'error', 'ERM', 'MixUp(.4)', 'lower'),
+    ('generalisation', dict(network='cnn', n=5000), 'error', 'error', 'ERM', 'CutMix', 'lower'),
+    ('generalisation', dict(network='cnn', n=1000), 'error', 'error', 'ERM', 'MixUp(.4)', 'no difference found'),
+    ('generalisation', dict(network='cnn', n=20_000), 'error', 'error', 'ERM', 'MixUp(.4)', 'no difference found'),
+    ('corrupt_labels', dict(noise=.5), 'error', 'error', 'ERM', 'mixup(1)', 'higher'),
+    ('corrupt_labels', dict(noise=.5), 'error', 'error', 'dropout', 'mixup(1)', 'higher'),
+    ('adversarial', dict(network='cnn'), 'error', 'ten steps', 'ERM', 'MixUp(.4)', 'higher'),
+    ('gans', dict(target='ring'), None, 'late_good', 'ERM', 'α = 0.2', 'lower'),
+    ('gans', dict(target='grid'), None, 'late_good', 'ERM', 'α = 0.2', 'lower'),
+], ids=lambda o: f'{o[0]} {o[2]} {o[3]} {o[5]} {list(o[1].values())}')
 def test_the_landing_page_says_what_the_runs_say(root, line):
-    name,where,y,base,arm,so = line
-    runs = read_runs(root/f'nbs/tutorials/runs/{name}.csv')
-    runs = runs[runs.get('test', True) & (runs[list(where)]==pd.Series(where)).all(axis=1)]
-    if name=='gans': runs = runs[runs.arm.isin(['ERM','α = 0.2','minimax, α = 0.2'])]
-    if name=='adversarial': runs = runs.assign(**{y: runs[y].map(lambda o: o[2])})
+    name,where,by,y,base,arm,so = line
+    runs = runs_of(root, name)
+    runs = runs[(runs[list(where)]==pd.Series(where)).all(axis=1)]
+    if by: runs = best_runs(runs, over[name], by)
+    if name=='adversarial': runs = runs.assign(**{y: runs[y].str[2]})
     found = compare(runs, y, base)
     assert found.so[arm]==so
     assert f'{found["mean"][base]} → {found["mean"][arm]}'.replace('\xa0', ' ') in (root/'README.md').read_text().replace('\xa0', ' ')
 
-@pytest.mark.parametrize('name', ['adversarial','calibration','calibration_by_loss','calibration_toys','corrupt_labels','corrupt_labels_alike','generalisation','partners','regression'])
-def test_reported_seeds_are_fresh_and_as_many_for_every_arm(root, name):
-    runs = read_runs(root/f'nbs/tutorials/runs/{name}.csv')
+@pytest.mark.parametrize('name', over)
+def test_reported_seeds_are_fresh_and_as_many_for_every_setting(root, name):
+    runs = runs_of(root, name)
     tuned,reported = runs[~runs.test],runs[runs.test]
     assert not set(tuned.seed) & set(reported.seed)
-    others = [o for o in ('network','toy_name','noise','n','epochs','table') if o in runs and (name,o)!=('regression','epochs')]
-    for _,group in reported.groupby([*others,'arm'] if others else 'arm'): assert sorted(group.seed)==list(range(1, len(group)+1)) and len(group)>=3
+    setting = [o for o in runs.columns[:runs.columns.get_loc('test')] if o!='seed']
+    for _,group in reported.groupby(setting): assert sorted(group.seed)==list(range(1, len(group)+1)) and len(group) in (5,10)
+
+@pytest.mark.parametrize('name', over)
+def test_what_did_best_is_what_is_reported_of_every_arm(root, name):
+    runs = runs_of(root, name)
+    if name=='generalisation': runs = runs.assign(n=runs.n.replace(50_000, 60_000))
+    best = pd.concat([best_runs(runs, over[name], by, [*places[name],'arm']) for by in (['error','loss'] if name=='calibration' else ['lost'] if name=='regression' else
+        ['loss'] if name=='calibration_toys' else ['error'])])
+    arms = [*places[name],'arm']
+    assert set(best[arms].itertuples(index=False, name=None))==set(runs[arms].itertuples(index=False, name=None))
 
 def test_a_missing_data_set_says_how_to_get_it(tmp_path):
     with pytest.raises(FileNotFoundError, match=f'(?s){tmp_path}.*apt-get install dataset-fashion-mnist.*FashionMNIST.*download=True'): fashion_mnist(str(tmp_path))
@@ -154,6 +186,16 @@ def test_random_labels_are_in_the_training_set_only():
     assert torch.equal(x, x1) and torch.equal(noisy.is_wrong, y!=y1) and not clean.is_wrong.any()
     assert abs(noisy.is_wrong.float().mean()-.45)<.02
     assert torch.equal(clean.valid.dataset.tensors[1], noisy.valid.dataset.tensors[1])
+
+def test_memory_tells_true_labels_from_random_ones():
+    dls = fashion_dls(2000, 3, noise=.5)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+    with torch.no_grad(): model[1].bias[0] = 1000   # it says 0, whatever it is shown
+    found = memory(Learner(dls, model, loss_func=CrossEntropyLossFlat()))
+    given = dls.train.dataset.tensors[1]
+    for k,wrong in (('train error, true',False),('train error, random',True)):
+        mine = [g!=0 for g,w in zip(given.tolist(), dls.is_wrong.tolist()) if w==wrong]
+        assert abs(found[k]-100*sum(mine)/len(mine))<1e-3
 
 def test_an_epoch_sees_no_sample_twice():
     x = torch.arange(103.)
@@ -177,3 +219,16 @@ def test_stronger_attacks_are_stronger():
     net = attackable(model)
     wrong = {kind: (net.predict(attack(net, x.numpy(), y, .002, kind)).argmax(1)!=y).mean() for kind in ('one step','ten steps','margin')}
     assert 0 < wrong['one step'] <= wrong['ten steps'] <= wrong['margin']+.02 < 1
+
+def test_what_misleads_one_network_is_tried_on_another():
+    torch.manual_seed(0)
+    x = torch.rand(60, 1, 28, 28)
+    nets = [nn.Sequential(nn.Flatten(), nn.Linear(784, 10)) for _ in range(2)]
+    y = nets[0]((x-.286)/.353).argmax(1)
+    views = [attackable(o) for o in nets]
+    pictures = changed(views[0], x.numpy(), y.numpy(), ('one step','ten steps'), (1,8))
+    for view,net in zip(views, nets):
+        for kind,found in misled(view, pictures, y.numpy()).items():
+            for eps,o,share in zip((1,8), pictures[kind], found):
+                assert np.abs(o-x.numpy()).max() <= eps/255+1e-6
+                assert share==pytest.approx(100*(net((torch.from_numpy(o)-.286)/.353).argmax(1)!=y).double().mean().item())
