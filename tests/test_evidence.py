@@ -131,7 +131,7 @@ def runs_of(root, name): return read_runs(root/f'nbs/tutorials/runs/{name}.csv')
     ('calibration', dict(network='cnn'), 'error', 'calibration error', 'ERM', 'MixUp(.4)', 'lower'),
     ('corrupt_labels', dict(noise=.5, lr=.003), 'error', 'train error, random', 'ERM', 'mixup(32)', 'higher'),
     ('calibration', dict(network='mlp'), 'loss', 'calibration error', 'ERM', 'MixUp(.4)', 'lower'),
-    ('calibration', dict(network='cnn'), 'loss', 'calibration error', 'ERM', 'MixUp(.4)', 'no difference found'),
+    ('calibration', dict(network='cnn'), 'loss', 'calibration error', 'ERM', 'MixUp(.4)', 'lower'),
     ('generalisation', dict(network='cnn', n=5000), 'error', 'error', 'ERM', 'MixUp(.4)', 'lower'),
     ('generalisation', dict(network='cnn', n=5000), 'error', 'error', 'ERM', 'CutMix', 'lower'),
     ('generalisation', dict(network='cnn', n=1000), 'error', 'error', 'ERM', 'MixUp(.4)', 'no difference found'),
