@@ -246,6 +246,7 @@ def by_seed(
     if ys.isna().any(axis=None):
         arm,seed = ys.isna().T.stack().idxmax()
         raise ValueError(f'Arms are compared seed by seed, but {arm!r} has no {y} for seed {seed}: run it, or leave out that arm or that seed')
+    if base and base not in ys: raise ValueError(f'base must be one of {list(ys)}, but it is {base!r}')
     return ys.sub(ys[base], axis=0) if base else ys
 
 # %% ../nbs/19_evidence.ipynb #3f7ee1ab

@@ -92,6 +92,7 @@ def test_compare_refuses_arms_with_other_seeds():
     runs = some_runs()
     with pytest.raises(ValueError, match="'mixed' has no error for seed 99: run it, or leave out that arm or that seed"):
         compare(pd.concat([runs, pd.DataFrame([dict(arm='ERM', seed=99, error=0.)])]))
+    with pytest.raises(ValueError, match=r"base must be one of \['mixed', 'same'\], but it is 'ERM'"): compare(runs[runs.arm!='ERM'])
     with pytest.raises(ValueError, match="'same' has no error for seed 3"): compare(runs.assign(error=runs.error.mask((runs.arm=='same') & (runs.seed==3))))
 
 def test_holm_is_that_of_statsmodels():
