@@ -165,10 +165,10 @@ def test_reported_seeds_are_fresh_and_as_many_for_every_setting(root, name):
 def test_what_did_best_is_what_is_reported_of_every_arm(root, name):
     runs = runs_of(root, name)
     if name=='generalisation': runs = runs.assign(n=runs.n.replace(50_000, 60_000))
-    best = pd.concat([best_runs(runs, over[name], by, [*places[name],'arm']) for by in (['error','loss'] if name=='calibration' else ['lost'] if name=='regression' else
-        ['loss'] if name=='calibration_toys' else ['error'])])
     arms = [*places[name],'arm']
-    assert set(best[arms].itertuples(index=False, name=None))==set(runs[arms].itertuples(index=False, name=None))
+    for by in dict(calibration=['error','loss'], calibration_toys=['loss'], regression=['lost']).get(name, ['error']):
+        best = best_runs(runs, over[name], by, arms)
+        assert set(best[arms].itertuples(index=False, name=None))==set(runs[arms].itertuples(index=False, name=None))
 
 def test_a_missing_data_set_says_how_to_get_it(tmp_path):
     with pytest.raises(FileNotFoundError, match=f'(?s){tmp_path}.*apt-get install dataset-fashion-mnist.*FashionMNIST.*download=True'): fashion_mnist(str(tmp_path))
