@@ -146,4 +146,4 @@ def scale(
         return res if noise else res | misled(view(learn), {'unchanged': [x]} | changed(view(learn), x, y) | made_elsewhere(), y)
     settings = [dict(arm=arm, data=data, n=n, noise=noise, epochs=epochs, seed=seed) for seed in range(1, seeds+1) for arm in arms]
     run_missing(out, run, settings)
-    print(compare(read_runs(out).query(f'data=={data!r} and n=={n} and noise=={noise} and epochs=={epochs}')).to_string())
+    print(compare(read_runs(out, settings)).to_string())

@@ -231,5 +231,8 @@ def test_what_misleads_one_network_is_tried_on_another():
     for view,net in zip(views, nets):
         for kind,found in misled(view, pictures, y.numpy()).items():
             for eps,o,share in zip((1,8), pictures[kind], found):
-                assert np.abs(o-x.numpy()).max() <= eps/255+1e-6
+                assert np.abs(o-x.numpy()).max()==pytest.approx(eps/255, abs=1e-6)
                 assert share==pytest.approx(100*(net((torch.from_numpy(o)-.286)/.353).argmax(1)!=y).double().mean().item())
+    own,other = [misled(view, pictures, y.numpy()) for view in views]
+    unchanged = misled(views[1], {'none': [x.numpy()]}, y.numpy())['none'][0]
+    for kind in pictures: assert own[kind][0] < own[kind][1] and own[kind][1] > 90 and abs(other[kind][1]-unchanged) < 20
