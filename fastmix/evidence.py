@@ -117,8 +117,8 @@ def scores(
 
 # %% ../nbs/19_evidence.ipynb #48d38ed1
 def memory(
-    learn:Learner, # Trained, with `dls` from `fashion_dls`
-) -> dict: # `train error, true` and `train error, random` (%)
+    learn:Learner, # Trained, with `dls.is_wrong`, as that of `fashion_dls`
+) -> dict: # `train error, true` and `train error, random` (%); NaN where there are none
     "Errors on the training pictures whose labels are true, and on those whose labels are not"
     with learn.no_bar(): preds,given = learn.get_preds(dl=learn.dls.valid.new(learn.dls.train.dataset))
     missed,wrong = preds.argmax(1)!=given,learn.dls.is_wrong
@@ -163,10 +163,10 @@ def changed(
 
 def misled(
     net, # From `attackable`, not necessarily of the network that was attacked
-    pictures:dict, # From `changed`
+    pictures:dict, # From `changed`; any others, as they are, in a list
     y:np.ndarray, # (n,) Their true classes
 ) -> dict: # Kind: for each size, errors (%)
-    "How many pictures of each kind a network mistakes"
+    "The share of the pictures of each kind that a network mistakes"
     return {kind: [100*float((net.predict(o).argmax(1)!=y).mean()) for o in xs] for kind,xs in pictures.items()}
 
 # %% ../nbs/19_evidence.ipynb #f05439d8
@@ -222,7 +222,7 @@ def choose(
     return _best(runs, L(over), by, L(arm)).set_index([*L(arm)]).to_dict('index')
 
 def _best(runs, over, by, arm):
-    mean = runs[~runs['test']].groupby([*arm,*over], sort=False)[by].mean().reset_index()
+    mean = runs[~runs['test']].groupby([*arm,*over], sort=False)[by].mean().round(9).reset_index()   # a tie is one, whatever the order of a sum
     return mean.loc[mean.groupby([*arm], sort=False)[by].idxmin(), [*arm,*over]]
 
 # %% ../nbs/19_evidence.ipynb #4af3f273
@@ -242,6 +242,8 @@ def by_seed(
     base:str=None, # Subtract what this arm has
 ) -> pd.DataFrame: # A row for each seed, a column for each arm
     "One result of every arm and seed"
+    if runs.duplicated(['seed','arm']).any():
+        raise ValueError('Arms are compared seed by seed, but some have several runs of a seed: take those of one network, data set or learning rate')
     ys = runs.pivot(index='seed', columns='arm', values=y)[list(runs['arm'].unique())]
     if ys.isna().any(axis=None):
         arm,seed = ys.isna().T.stack().idxmax()

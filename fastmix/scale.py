@@ -126,7 +126,7 @@ def scale(
     seeds:int=3, # Runs of each kind
     noise:float=0., # Share of the training labels to replace by random ones; the paper has .2, .5 and .8
     data:str='fashion', # Or 'cifar'
-    n:int=60_000, # Pictures of Fashion-MNIST to train on, and at most to test on
+    n:int=60_000, # Pictures of Fashion-MNIST to train on, and at most to test on; of either data at most to attack
     out:str='runs/scale.csv', # The table of runs; those that it has are not run again
 ):
     "Train and score a pre-activation ResNet-18 with and without mixup"

@@ -6,6 +6,7 @@ from statsmodels.stats.multitest import multipletests
 from torch import nn
 from torch.testing import assert_close
 from fastai.basics import CrossEntropyLossFlat, Learner
+from fastmix import scale
 from fastmix.evidence import attack, attackable, best_runs, by_seed, changed, choose, compare, fashion_dls, fashion_mnist, holm, mean_spread, memory, misled
 from fastmix.evidence import plot_dots, plot_seeds, read_runs, run_missing, tensor_dls, to_floats
 
@@ -71,6 +72,13 @@ def test_choosing_never_sees_the_test_set():
             want = [o for o in rows if (o['arm'],o['n'],o['lr'],o['p'],o['test'])==(a,n,lr,p,True)]
             assert reported[(reported.arm==a) & (reported.n==n)].to_dict('records')==want
 
+def test_of_several_that_do_equally_well_the_first_is_taken():
+    pairs = {.1: (12.91,13.64), .2: (13.01,13.54)}   # of the same mean, which floats do not say
+    assert np.mean(pairs[.1]) != np.mean(pairs[.2])
+    for first,second in ((.1,.2),(.2,.1)):
+        rows = [dict(arm='a', lr=lr, seed=s, test=False, error=e) for lr in (first,second) for s,e in enumerate(pairs[lr])]
+        assert choose(pd.DataFrame(rows), 'lr')=={'a': {'lr': first}}
+
 def some_runs(seeds=6, shift=-.5):
     rng = np.random.default_rng(3)
     shared = rng.normal(size=seeds)
@@ -92,6 +100,7 @@ def test_compare_refuses_arms_with_other_seeds():
     runs = some_runs()
     with pytest.raises(ValueError, match="'mixed' has no error for seed 99: run it, or leave out that arm or that seed"):
         compare(pd.concat([runs, pd.DataFrame([dict(arm='ERM', seed=99, error=0.)])]))
+    with pytest.raises(ValueError, match='several runs of a seed: take those of one network'): by_seed(pd.concat([runs, runs]))
     with pytest.raises(ValueError, match=r"base must be one of \['mixed', 'same'\], but it is 'ERM'"): compare(runs[runs.arm!='ERM'])
     with pytest.raises(ValueError, match="'same' has no error for seed 3"): compare(runs.assign(error=runs.error.mask((runs.arm=='same') & (runs.seed==3))))
 
@@ -236,3 +245,16 @@ def test_what_misleads_one_network_is_tried_on_another():
     own,other = [misled(view, pictures, y.numpy()) for view in views]
     unchanged = misled(views[1], {'none': [x.numpy()]}, y.numpy())['none'][0]
     for kind in pictures: assert own[kind][0] < own[kind][1] and own[kind][1] > 90 and abs(other[kind][1]-unchanged) < 20
+
+def test_cifar_knows_its_wrong_labels_and_is_attacked_as_it_is(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    def part(n): return torch.randint(0, 256, (n,3,32,32), generator=g, dtype=torch.uint8),torch.randint(0, 10, (n,), generator=g)
+    data = part(200)+part(50)
+    monkeypatch.setattr(scale, 'cifar10', lambda: data)
+    dls = scale.cifar_dls(1, noise=.5)
+    assert torch.equal(dls.is_wrong, dls.train.dataset.tensors[1]!=data[1]) and .3 < dls.is_wrong.float().mean() < .6
+    x,y,(mean,std) = scale.to_attack('cifar', 20)
+    assert_close(torch.from_numpy(x)*255, data[2][:20].float())
+    assert (y==data[3][:20].numpy()).all()
+    seen = (torch.from_numpy(x)-torch.tensor(mean).view(3, 1, 1))/torch.tensor(std).view(3, 1, 1)
+    assert_close(seen, dls.valid.dataset.tensors[0][:20], atol=1e-5, rtol=0)
