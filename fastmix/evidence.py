@@ -21,7 +21,7 @@ from .metrics import *
 # %% auto #0
 __all__ = ['fashion_folders', 'adamw', 'fashion_mnist', 'TensorDL', 'tensor_dls', 'to_floats', 'fashion_dls', 'mlp', 'cnn',
            'SkipValid', 'scores', 'memory', 'attackable', 'attack', 'changed', 'misled', 'read_runs', 'run_missing',
-           'choose', 'best_runs', 'by_seed', 'mean_spread', 'holm', 'compare', 'plot_seeds', 'plot_dots']
+           'choose', 'best_runs', 'by_seed', 'mean_spread', 'holm', 'paired', 'compare', 'plot_seeds', 'plot_dots']
 
 # %% ../nbs/19_evidence.ipynb #dc6e93c7
 fashion_folders = [Path('/usr/share/datasets/fashion-mnist'), fastai_path('data')/'FashionMNIST/raw']
@@ -257,7 +257,7 @@ def mean_spread(
     digits:int=3, # To show of the mean
 ) -> str:
     "Mean ± standard deviation, if there is more than one seed"
-    return f'{o.mean():.{digits}g}' + (f'\xa0±\xa0{round(o.std(), 9):.2g}' if len(o)>1 else '')
+    return f'{round(o.mean(), 9):.{digits}g}' + (f'\xa0±\xa0{round(o.std(), 9):.2g}' if len(o)>1 else '')
 
 # %% ../nbs/19_evidence.ipynb #9b03b0e0
 def holm(
@@ -270,6 +270,15 @@ def holm(
     res[order] = np.maximum.accumulate(ps[order]*np.arange(len(ps), 0, -1)).clip(max=1)
     return res
 
+# %% ../nbs/19_evidence.ipynb #dc3d8e43
+def paired(
+    diff:pd.DataFrame, # A row for each seed, a column for each difference
+) -> pd.DataFrame: # A row for each: `difference`, as mean ± standard deviation over the seeds, its `p`, corrected, and `so`, what that says
+    "Paired t-tests of differences"
+    p = holm(stats.ttest_1samp(diff, 0).pvalue)
+    so = np.where(p<.05, np.where(diff.mean()<0, 'lower', 'higher'), 'no difference found' if len(diff)>1 else 'not tested')
+    return pd.DataFrame(dict(difference=[mean_spread(diff[o]) for o in diff], p=[f'{o:.2g}' for o in p], so=so), diff.columns)
+
 # %% ../nbs/19_evidence.ipynb #c179430a
 def compare(
     runs:pd.DataFrame, # A row for each run, with columns `arm` and `seed`
@@ -278,11 +287,7 @@ def compare(
 ) -> pd.DataFrame: # A row for each arm: `y`, its difference from `base`, both as mean ± standard deviation over the seeds, p of the difference, corrected, and what it says
     "Compare arms, seed by seed"
     ys,diff = by_seed(runs, y),by_seed(runs, y, base).drop(columns=base)
-    p = pd.Series(holm([stats.ttest_1samp(diff[o], 0).pvalue for o in diff]), diff.columns)
-    rows = {o: dict(mean=mean_spread(ys[o]), difference=mean_spread(diff[o]), p=f'{p[o]:.2g}', so=_verdict(p[o], diff[o].mean())) for o in diff}
-    return pd.DataFrame({base: dict(mean=mean_spread(ys[base]))} | rows).T.fillna('').rename_axis('')
-
-def _verdict(p, diff): return ('lower' if diff<0 else 'higher') if p<.05 else 'no difference found'
+    return pd.DataFrame({'mean': ys.apply(mean_spread)}).join(paired(diff)).fillna('').loc[[base,*diff]].rename_axis('')
 
 # %% ../nbs/19_evidence.ipynb #d88ac2d3
 def plot_seeds(
@@ -303,9 +308,9 @@ def plot_dots(
     ax:plt.Axes=None, # Where to draw; the current axes by default
 ) -> plt.Axes:
     "A line of dots for each name, the first on top"
-    ax = ax or plt.gca()
-    for i,o in enumerate(dict(ys).values()):
+    ax,ys = ax or plt.gca(),dict(ys)
+    for i,o in enumerate(ys.values()):
         ax.plot(o, [i]*len(o), 'o', ms=4, alpha=.5, c='C0')
         ax.plot(np.mean(o), i, 'k|', ms=14)
-    ax.set(yticks=range(len(dict(ys))), yticklabels=list(ys), ylim=(len(dict(ys))-.5,-.5))
+    ax.set(yticks=range(len(ys)), yticklabels=list(ys), ylim=(len(ys)-.5,-.5))
     return ax

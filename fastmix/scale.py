@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from fastai.callback import mixup as fastai_mixup
+from fastai.callback.channelslast import ChannelsLast
 from fastai.vision.all import *
 from fastcore.script import call_parse
 
@@ -24,11 +25,13 @@ __all__ = ['preact_resnet18', 'cifar10', 'cifar_dls', 'shift_flip', 'ShiftFlip',
 def preact_resnet18(
     n_in:int=1, # Channels of the pictures
     p:float=0., # Dropout in each block, between its two convolutions
+    width:int=64, # Channels of the first stage, a multiple of 8; each of the three others has twice as many as the one before
 ) -> nn.Module: # From (bs, n_in, h, w) to (bs, 10)
     "The pre-activation ResNet-18 of [He et al., 2016](https://arxiv.org/abs/1603.05027), for small pictures"
     import timm
-    model = timm.create_model('resnetv2_18', num_classes=10, in_chans=n_in)
-    model.stem = nn.Conv2d(n_in, 64, 3, padding=1, bias=False)
+    if width%8 or width<1: raise ValueError(f'width must be a multiple of 8, but it is {width}')
+    model = timm.create_model('resnetv2_18', num_classes=10, in_chans=n_in, stem_chs=width, channels=[width*o for o in (1,2,4,8)])
+    model.stem = nn.Conv2d(n_in, width, 3, padding=1, bias=False)
     for block in model.stages.modules():
         if hasattr(block, 'conv2'): block.norm2 = nn.Sequential(block.norm2, nn.Dropout(p))
     return model
@@ -45,12 +48,14 @@ def cifar10() -> tuple: # Pictures and classes to train on (50000,3,32,32) and (
     return part('train') + part('test')
 
 def cifar_dls(
+    n:int, # Pictures to train on: at most 50,000
     seed:int, # Which labels are replaced
     noise:float=0., # Share of the training labels to replace by random ones
     bs:int=64, # Batch size
 ) -> DataLoaders: # `dls.is_wrong`: (n,), bool, which of the training labels are not the true ones
-    "CIFAR-10, all of it"
+    "CIFAR-10, all of it or a part"
     x,y,xv,yv = cifar10()
+    x,y = x[:n],y[:n]
     mean,std = [tensor(o)[:,None,None] for o in cifar_stats]
     given = tensor(corrupt_labels(y.tolist(), noise, seed))
     dls = tensor_dls(((x/255-mean)/std,given), ((xv/255-mean)/std,yv), bs)
@@ -68,7 +73,7 @@ def shift_flip(
     rows,cols = at(h),at(w)
     cols = torch.where(torch.rand(bs, 1, device=dev)<.5, cols, cols.flip(1))
     black = x.amin((0,2,3), keepdim=True)
-    return (F.pad(x-black, (pad,)*4)+black)[torch.arange(bs, device=dev)[:,None,None],:,rows[:,:,None],cols[:,None]].permute(0, 3, 1, 2).contiguous()
+    return (F.pad(x-black, (pad,)*4)+black)[torch.arange(bs, device=dev)[:,None,None],:,rows[:,:,None],cols[:,None]].permute(0, 3, 1, 2)
 
 class ShiftFlip(Callback):
     "Shift and mirror the pictures of a training batch, before they are mixed"
@@ -100,15 +105,19 @@ def train_at_scale(
     p:float, # Dropout in each block
     epochs:int, # To train
     seed:int, # Of the weights, the order of the batches and the mixing
+    width:int=64, # Of `preact_resnet18`
+    cbs=None, # More callbacks, for the training only
 ) -> Learner: # Trained
-    "Train `preact_resnet18` as the paper does"
+    "Train `preact_resnet18` as the paper does, in half precision where that is faster"
     set_seed(seed)
     dls.to(default_device())
-    learn = Learner(dls, preact_resnet18(dls.one_batch()[0].shape[1], p), loss_func=CrossEntropyLossFlat(), metrics=error_rate, wd=1e-4, wd_bn_bias=True,
-        opt_func=partial(SGD, mom=.9, decouple_wd=False), cbs=[ShiftFlip(), *L(mixer)])
-    if torch.cuda.is_available(): learn.to_bf16()
-    learn.fit(epochs, cbs=ParamScheduler({'lr': stepped}))
-    return learn.to_fp32()
+    learn = Learner(dls, preact_resnet18(dls.one_batch()[0].shape[1], p, width), loss_func=CrossEntropyLossFlat(), metrics=error_rate, wd=1e-4,
+        wd_bn_bias=True, opt_func=partial(SGD, mom=.9, decouple_wd=False), cbs=[ChannelsLast(), ShiftFlip(), *L(mixer)])
+    device = default_device().type
+    fast = device=='cuda' or torch.cpu.get_capabilities().get('avx512_bf16', False)
+    with torch.autocast(device, torch.bfloat16, enabled=fast, cache_enabled=False):   # a cache would keep the weights of the first step
+        learn.fit(epochs, cbs=[ParamScheduler({'lr': stepped}), *L(cbs)])
+    return learn
 
 # %% ../nbs/22_scale.ipynb #c1c52004
 def to_attack(
@@ -126,24 +135,28 @@ def scale(
     seeds:int=3, # Runs of each kind
     noise:float=0., # Share of the training labels to replace by random ones; the paper has .2, .5 and .8
     data:str='fashion', # Or 'cifar'
-    n:int=60_000, # Pictures of Fashion-MNIST to train on, and at most to test on; of either data at most to attack
+    n:int=None, # Pictures to train on; by default all
+    width:int=64, # Channels of the network's first stage, a multiple of 8; the paper's has 64
+    n_attack:int=1000, # Test pictures to attack
     out:str='runs/scale.csv', # The table of runs; those that it has are not run again
 ):
     "Train and score a pre-activation ResNet-18 with and without mixup"
     if data not in ('fashion','cifar'): raise ValueError(f"data must be 'fashion' or 'cifar', but it is {data!r}")
-    arms,(x,y,stats) = scale_arms(noise),to_attack(data, min(n, 1000))
+    n = n or (60_000 if data=='fashion' else 50_000)
+    arms,(x,y,stats) = scale_arms(noise),to_attack(data, n_attack)
     def train(arm, seed):
-        dls = fashion_dls(n, seed, noise, test=True, n_valid=n, bs=128) if data=='fashion' else cifar_dls(seed, noise, bs=128)
+        dls = (partial(fashion_dls, test=True) if data=='fashion' else cifar_dls)(n, seed, noise, bs=128)
         mixer,p = arms[arm]
-        return train_at_scale(dls, mixer(), p, epochs, seed)
+        return train_at_scale(dls, mixer(), p, epochs, seed, width, cbs=None if noise else SkipValid())
     def view(learn): return attackable(learn.model, x.shape[1:], stats)
     @functools.lru_cache
     def made_elsewhere(): return {f'{kind}, made elsewhere': xs for kind,xs in changed(view(train('ERM', 100)), x, y, ('one step','ten steps')).items()}
     def run(arm, seed, **_):
         learn = train(arm, seed)
-        curve = [100*o[2] for o in learn.recorder.values]   # before `get_preds`, which empties the recorder
-        res = scores(learn) | memory(learn) | {'curve': curve}
-        return res if noise else res | misled(view(learn), {'unchanged': [x]} | changed(view(learn), x, y) | made_elsewhere(), y)
-    settings = [dict(arm=arm, data=data, n=n, noise=noise, epochs=epochs, seed=seed) for seed in range(1, seeds+1) for arm in arms]
+        if noise: more = {'curve': [100*o[2] for o in learn.recorder.values]}   # before `scores`, which empties the recorder
+        else: more = misled(view(learn), {'unchanged': [x]} | changed(view(learn), x, y) | made_elsewhere(), y)
+        return scores(learn) | memory(learn) | more
+    settings = [dict(arm=arm, data=data, n=n, width=width, noise=noise, epochs=epochs, n_attack=n_attack, seed=seed)
+        for seed in range(1, seeds+1) for arm in arms]
     run_missing(out, run, settings)
     print(compare(read_runs(out, settings)).to_string())

@@ -7,7 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 from fastai.basics import CrossEntropyLossFlat, Learner
 from fastmix import scale
-from fastmix.evidence import attack, attackable, best_runs, by_seed, changed, choose, compare, fashion_dls, fashion_mnist, holm, mean_spread, memory, misled
+from fastmix.evidence import attack, attackable, best_runs, by_seed, changed, choose, compare, fashion_dls, fashion_mnist, holm, mean_spread, memory, misled, paired
 from fastmix.evidence import plot_dots, plot_seeds, read_runs, run_missing, tensor_dls, to_floats
 
 settings = [dict(arm=arm, lr=lr, test=test, seed=seed) for arm in 'ab' for lr in (1e-3,.3) for test in (False,True) for seed in (1,2)]
@@ -115,7 +115,11 @@ def test_arms_are_compared_by_seed_in_whatever_order_they_were_run():
             mine,base = [runs[(runs.arm==o) & (runs.seed==s)].error.item() for o in (a,'ERM')]
             assert got[a][s]==mine-base and by_seed(runs)[a][s]==mine
 
-def test_one_seed_has_no_spread():
+def test_of_equal_results_no_difference_is_found():
+    assert paired(pd.DataFrame({'a': [0.,0.,0.], 'b': [.9,1.,1.1]})).so.tolist()==['no difference found','higher']
+
+def test_one_seed_has_no_spread_and_no_test():
+    assert compare(some_runs(seeds=1)).so.tolist()==['','not tested','not tested']
     assert mean_spread(pd.Series([2.]))=='2'
     assert mean_spread(pd.Series([1.,3.]))=='2\xa0±\xa01.4'
 
