@@ -21,7 +21,8 @@ from .metrics import *
 # %% auto #0
 __all__ = ['fashion_folders', 'adamw', 'fashion_mnist', 'TensorDL', 'tensor_dls', 'to_floats', 'fashion_dls', 'mlp', 'cnn',
            'SkipValid', 'scores', 'memory', 'attackable', 'attack', 'changed', 'misled', 'read_runs', 'run_missing',
-           'choose', 'best_runs', 'by_seed', 'mean_spread', 'holm', 'paired', 'compare', 'plot_seeds', 'plot_dots']
+           'choose', 'best_runs', 'element', 'by_seed', 'mean_spread', 'holm', 'paired', 'compare', 'plot_seeds',
+           'plot_dots']
 
 # %% ../nbs/19_evidence.ipynb #dc6e93c7
 fashion_folders = [Path('/usr/share/datasets/fashion-mnist'), fastai_path('data')/'FashionMNIST/raw']
@@ -234,6 +235,15 @@ def best_runs(
 ) -> pd.DataFrame: # Some rows of `runs`
     "The runs on the test set of what does best on the validation split"
     return runs[runs['test']].merge(_best(runs, L(over), by, L(arm)))
+
+# %% ../nbs/19_evidence.ipynb #e1e7dcb2
+def element(
+    runs:pd.DataFrame, # From `read_runs`
+    columns, # Names of the columns of lists
+    i:int, # Which element
+) -> pd.DataFrame: # `runs`, with a number in each of `columns`
+    "One element of results that are lists"
+    return runs.assign(**{o: runs[o].str[i] for o in L(columns)})
 
 # %% ../nbs/19_evidence.ipynb #ce956e29
 def by_seed(

@@ -7,8 +7,8 @@ from torch import nn
 from torch.testing import assert_close
 from fastai.basics import CrossEntropyLossFlat, Learner
 from fastmix import scale
-from fastmix.evidence import attack, attackable, best_runs, by_seed, changed, choose, compare, fashion_dls, fashion_mnist, holm, mean_spread, memory, misled, paired
-from fastmix.evidence import plot_dots, plot_seeds, read_runs, run_missing, tensor_dls, to_floats
+from fastmix.evidence import attack, attackable, best_runs, by_seed, changed, choose, compare, element, fashion_dls, fashion_mnist, holm, mean_spread, memory
+from fastmix.evidence import misled, paired, plot_dots, plot_seeds, read_runs, run_missing, tensor_dls, to_floats
 
 settings = [dict(arm=arm, lr=lr, test=test, seed=seed) for arm in 'ab' for lr in (1e-3,.3) for test in (False,True) for seed in (1,2)]
 
@@ -150,6 +150,7 @@ def runs_of(root, name): return read_runs(root/f'nbs/tutorials/runs/{name}.csv')
     ('generalisation', dict(network='cnn', n=5000), 'error', 'error', 'ERM', 'CutMix', 'lower'),
     ('generalisation', dict(network='cnn', n=1000), 'error', 'error', 'ERM', 'MixUp(.4)', 'no difference found'),
     ('generalisation', dict(network='cnn', n=20_000), 'error', 'error', 'ERM', 'MixUp(.4)', 'no difference found'),
+    ('scale', dict(width=16), None, 'error', 'ERM', 'MixUp(.4)', 'no difference found'),
     ('corrupt_labels', dict(noise=.5), 'error', 'error', 'ERM', 'mixup(1)', 'higher'),
     ('corrupt_labels', dict(noise=.5), 'error', 'error', 'dropout', 'mixup(1)', 'higher'),
     ('adversarial', dict(network='cnn'), 'error', 'ten steps', 'ERM', 'MixUp(.4)', 'higher'),
@@ -161,10 +162,16 @@ def test_the_landing_page_says_what_the_runs_say(root, line):
     runs = runs_of(root, name)
     runs = runs[(runs[list(where)]==pd.Series(where)).all(axis=1)]
     if by: runs = best_runs(runs, over[name], by)
-    if name=='adversarial': runs = runs.assign(**{y: runs[y].str[2]})
+    if name=='adversarial': runs = element(runs, y, 2)
     found = compare(runs, y, base)
     assert found.so[arm]==so
     assert f'{found["mean"][base]} → {found["mean"][arm]}'.replace('\xa0', ' ') in (root/'README.md').read_text().replace('\xa0', ' ')
+
+def test_the_landing_page_is_right_about_attacks_with_the_same_learning_rate(root):
+    runs = runs_of(root, 'adversarial')
+    runs = runs[runs.test & (runs.network=='cnn')]
+    for lr,group in runs.groupby('lr'): assert compare(element(group, 'ten steps', 2), 'ten steps').so['MixUp(.4)']=='higher', lr
+    assert runs.lr.nunique()==2 and 'worse, and with the same ones, too' in (root/'README.md').read_text()
 
 @pytest.mark.parametrize('name', over)
 def test_reported_seeds_are_fresh_and_as_many_for_every_setting(root, name):
@@ -255,8 +262,8 @@ def test_cifar_knows_its_wrong_labels_and_is_attacked_as_it_is(monkeypatch):
     def part(n): return torch.randint(0, 256, (n,3,32,32), generator=g, dtype=torch.uint8),torch.randint(0, 10, (n,), generator=g)
     data = part(200)+part(50)
     monkeypatch.setattr(scale, 'cifar10', lambda: data)
-    dls = scale.cifar_dls(1, noise=.5)
-    assert torch.equal(dls.is_wrong, dls.train.dataset.tensors[1]!=data[1]) and .3 < dls.is_wrong.float().mean() < .6
+    dls = scale.cifar_dls(120, 1, noise=.5)
+    assert torch.equal(dls.is_wrong, dls.train.dataset.tensors[1]!=data[1][:120]) and .3 < dls.is_wrong.float().mean() < .6
     x,y,(mean,std) = scale.to_attack('cifar', 20)
     assert_close(torch.from_numpy(x)*255, data[2][:20].float())
     assert (y==data[3][:20].numpy()).all()
