@@ -55,6 +55,7 @@ def cifar_dls(
 ) -> DataLoaders: # `dls.is_wrong`: (n,), bool, which of the training labels are not the true ones
     "CIFAR-10, all of it or a part"
     x,y,xv,yv = cifar10()
+    if not 0<n<=len(x): raise ValueError(f'n must be from 1 to {len(x):,}, but it is {n:,}')
     x,y = x[:n],y[:n]
     mean,std = [tensor(o)[:,None,None] for o in cifar_stats]
     given = tensor(corrupt_labels(y.tolist(), noise, seed))
@@ -142,7 +143,7 @@ def scale(
 ):
     "Train and score a pre-activation ResNet-18 with and without mixup"
     if data not in ('fashion','cifar'): raise ValueError(f"data must be 'fashion' or 'cifar', but it is {data!r}")
-    n = n or (60_000 if data=='fashion' else 50_000)
+    if n is None: n = 60_000 if data=='fashion' else 50_000
     arms,(x,y,stats) = scale_arms(noise),to_attack(data, n_attack)
     def train(arm, seed):
         dls = (partial(fashion_dls, test=True) if data=='fashion' else cifar_dls)(n, seed, noise, bs=128)

@@ -263,6 +263,8 @@ def test_cifar_knows_its_wrong_labels_and_is_attacked_as_it_is(monkeypatch):
     def part(n): return torch.randint(0, 256, (n,3,32,32), generator=g, dtype=torch.uint8),torch.randint(0, 10, (n,), generator=g)
     data = part(200)+part(50)
     monkeypatch.setattr(scale, 'cifar10', lambda: data)
+    for n in (0,201):
+        with pytest.raises(ValueError, match=f'n must be from 1 to 200, but it is {n}'): scale.cifar_dls(n, 1)
     dls = scale.cifar_dls(120, 1, noise=.5)
     assert torch.equal(dls.is_wrong, dls.train.dataset.tensors[1]!=data[1][:120]) and .3 < dls.is_wrong.float().mean() < .6
     x,y,(mean,std) = scale.to_attack('cifar', 20)
