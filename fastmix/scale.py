@@ -51,12 +51,13 @@ def cifar_dls(
     n:int, # Pictures to train on: at most 50,000
     seed:int, # Which labels are replaced
     noise:float=0., # Share of the training labels to replace by random ones
+    n_valid:int=10_000, # Test pictures to validate on
     bs:int=64, # Batch size
 ) -> DataLoaders: # `dls.is_wrong`: (n,), bool, which of the training labels are not the true ones
     "CIFAR-10, all of it or a part"
     x,y,xv,yv = cifar10()
     if not 0<n<=len(x): raise ValueError(f'n must be from 1 to {len(x):,}, but it is {n:,}')
-    x,y = x[:n],y[:n]
+    x,y,xv,yv = x[:n],y[:n],xv[:n_valid],yv[:n_valid]
     mean,std = [tensor(o)[:,None,None] for o in cifar_stats]
     given = tensor(corrupt_labels(y.tolist(), noise, seed))
     dls = tensor_dls(((x/255-mean)/std,given), ((xv/255-mean)/std,yv), bs)
@@ -107,13 +108,13 @@ def train_at_scale(
     epochs:int, # To train
     seed:int, # Of the weights, the order of the batches and the mixing
     width:int=64, # Of `preact_resnet18`
-    cbs=None, # More callbacks, for the training only
+    cbs=None, # More callbacks, for the training only, such as `ShiftFlip`
 ) -> Learner: # Trained
     "Train `preact_resnet18` as the paper does, in half precision where that is faster"
     set_seed(seed)
     dls.to(default_device())
     learn = Learner(dls, preact_resnet18(dls.one_batch()[0].shape[1], p, width), loss_func=CrossEntropyLossFlat(), metrics=error_rate, wd=1e-4,
-        wd_bn_bias=True, opt_func=partial(SGD, mom=.9, decouple_wd=False), cbs=[ChannelsLast(), ShiftFlip(), *L(mixer)])
+        wd_bn_bias=True, opt_func=partial(SGD, mom=.9, decouple_wd=False), cbs=[ChannelsLast(), *L(mixer)])
     device = default_device().type
     fast = device=='cuda' or torch.cpu.get_capabilities().get('avx512_bf16', False)
     with torch.autocast(device, torch.bfloat16, enabled=fast, cache_enabled=False):   # a cache would keep the weights of the first step
@@ -138,17 +139,19 @@ def scale(
     data:str='fashion', # Or 'cifar'
     n:int=None, # Pictures to train on; by default all
     width:int=64, # Channels of the network's first stage, a multiple of 8; the paper's has 64
-    n_attack:int=1000, # Test pictures to attack
+    raw:bool=False, # Train on the pictures as they are, neither shifted nor mirrored?
+    probes:int=2000, # Test pictures to attack, or, where labels are random, to look at after each epoch; at the end all are scored
     out:str='runs/scale.csv', # The table of runs; those that it has are not run again
 ):
     "Train and score a pre-activation ResNet-18 with and without mixup"
     if data not in ('fashion','cifar'): raise ValueError(f"data must be 'fashion' or 'cifar', but it is {data!r}")
     if n is None: n = 60_000 if data=='fashion' else 50_000
-    arms,(x,y,stats) = scale_arms(noise),to_attack(data, n_attack)
+    arms,(x,y,stats) = scale_arms(noise),to_attack(data, probes)
+    make_dls = partial(fashion_dls, test=True) if data=='fashion' else cifar_dls
     def train(arm, seed):
-        dls = (partial(fashion_dls, test=True) if data=='fashion' else cifar_dls)(n, seed, noise, bs=128)
         mixer,p = arms[arm]
-        return train_at_scale(dls, mixer(), p, epochs, seed, width, cbs=None if noise else SkipValid())
+        cbs = ([] if raw else [ShiftFlip()]) + ([] if noise else [SkipValid()])
+        return train_at_scale(make_dls(n, seed, noise, n_valid=probes, bs=128), mixer(), p, epochs, seed, width, cbs)
     def view(learn): return attackable(learn.model, x.shape[1:], stats)
     @functools.lru_cache
     def made_elsewhere(): return {f'{kind}, made elsewhere': xs for kind,xs in changed(view(train('ERM', 100)), x, y, ('one step','ten steps')).items()}
@@ -156,8 +159,8 @@ def scale(
         learn = train(arm, seed)
         if noise: more = {'curve': [100*o[2] for o in learn.recorder.values]}   # before `scores`, which empties the recorder
         else: more = misled(view(learn), {'unchanged': [x]} | changed(view(learn), x, y) | made_elsewhere(), y)
-        return scores(learn) | memory(learn) | more
-    settings = [dict(arm=arm, data=data, n=n, width=width, noise=noise, epochs=epochs, n_attack=n_attack, seed=seed)
+        return scores(learn, make_dls(1, 0).to(default_device()).valid) | memory(learn) | more
+    settings = [dict(arm=arm, data=data, n=n, width=width, noise=noise, epochs=epochs, raw=raw, probes=probes, seed=seed)
         for seed in range(1, seeds+1) for arm in arms]
     run_missing(out, run, settings)
     print(compare(read_runs(out, settings)).to_string())

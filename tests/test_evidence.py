@@ -150,11 +150,11 @@ def runs_of(root, name): return read_runs(root/f'nbs/tutorials/runs/{name}.csv')
     ('generalisation', dict(network='cnn', n=5000), 'error', 'error', 'ERM', 'CutMix', 'lower'),
     ('generalisation', dict(network='cnn', n=1000), 'error', 'error', 'ERM', 'MixUp(.4)', 'no difference found'),
     ('generalisation', dict(network='cnn', n=20_000), 'error', 'error', 'ERM', 'MixUp(.4)', 'no difference found'),
-    ('scale', dict(width=16), None, 'error', 'ERM', 'MixUp(.4)', 'no difference found'),
+    ('scale', dict(width=16, noise=0), None, 'error', 'ERM', 'MixUp(.4)', 'no difference found'),
     ('corrupt_labels', dict(noise=.5), 'error', 'error', 'ERM', 'mixup(1)', 'higher'),
     ('corrupt_labels', dict(noise=.5), 'error', 'error', 'dropout', 'mixup(1)', 'higher'),
     ('adversarial', dict(network='cnn'), 'error', 'ten steps', 'ERM', 'MixUp(.4)', 'higher'),
-    ('scale', dict(width=16), None, 'ten steps, made elsewhere', 'ERM', 'MixUp(.4)', 'lower'),
+    ('scale', dict(width=16, noise=0), None, 'ten steps, made elsewhere', 'ERM', 'MixUp(.4)', 'lower'),
     ('gans', dict(target='ring'), None, 'late_good', 'ERM', 'α = 0.2', 'no difference found'),
     ('gans', dict(target='grid'), None, 'late_good', 'ERM', 'α = 0.2', 'lower'),
 ], ids=lambda o: f'{o[0]} {o[2]} {o[3]} {o[5]} {list(o[1].values())}')

@@ -1,8 +1,10 @@
-"The outputs that notebooks keep"
-import json
+"The outputs that notebooks keep, and the commands that they name"
+import json, re, shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+from fastcore.script import anno_parser
 
 nbs = Path(__file__).parent.parent/'nbs'
 
@@ -11,3 +13,9 @@ def test_outputs(nb, root):
     outs = [o for c in json.loads((nbs/nb).read_text(encoding='utf-8'))['cells'] for o in c.get('outputs', [])]
     assert not [o for o in outs if o['output_type']=='error' or o.get('name')=='stderr'], f'{nb} keeps errors or warnings'
     assert not any(o in json.dumps(outs) for o in (str(root), str(Path.home()), 'site-packages')), f'{nb} shows a path of the machine that ran it'
+
+def test_commands_have_the_options_that_pages_name():
+    sources = [''.join(c['source']) for o in sorted(nbs.rglob('[!._]*.ipynb')) for c in json.loads(o.read_text(encoding='utf-8'))['cells']]
+    found = [o for source in sources for o in re.findall(r'python -m fastmix\.(\w+)([^`\n]*)', source)]
+    assert {module for module,_ in found}=={'demo','bench','scale'}
+    for module,args in found: anno_parser(getattr(import_module(f'fastmix.{module}'), module)).parse_args(shlex.split(args))
