@@ -91,8 +91,8 @@ def scale_arms(
     "What is compared"
     def same_method(alpha, name): return {f"fastai's MixUp({name})": (partial(fastai_mixup.MixUp, alpha),0.), f'MixUp({name})': (partial(MixUp, alpha),0.),
         f'MixUp({name}), as in the paper': (partial(MixUp, alpha, per_batch=True, fold=False),0.)}
-    if noise: return {'ERM': (noop,0.), 'dropout': (noop,.8), **same_method(8., '8'), 'MixUp(8) + dropout': (partial(MixUp, 8.),.3)}
-    return {'ERM': (noop,0.), 'dropout': (noop,.3), 'CutMix': (CutMix,0.), 'MixUp(.4)': (MixUp,0.), **same_method(1., '1'), 'MixUp(8)': (partial(MixUp, 8.),0.)}
+    if noise: return {'ERM': (noop,0.), 'dropout(.3)': (noop,.3), 'dropout(.8)': (noop,.8), **same_method(8., '8'), 'MixUp(8) + dropout(.3)': (partial(MixUp, 8.),.3)}
+    return {'ERM': (noop,0.), 'dropout(.3)': (noop,.3), 'CutMix': (CutMix,0.), 'MixUp(.4)': (MixUp,0.), **same_method(1., '1'), 'MixUp(8)': (partial(MixUp, 8.),0.)}
 
 # %% ../nbs/22_scale.ipynb #b7420123
 def stepped(
@@ -139,6 +139,7 @@ def scale(
     data:str='fashion', # Or 'cifar'
     n:int=None, # Pictures to train on; by default all
     width:int=64, # Channels of the network's first stage, a multiple of 8; the paper's has 64
+    arms:str=None, # Only these of `scale_arms`, with a semicolon between them; the first is what others are compared with
     raw:bool=False, # Train on the pictures as they are, neither shifted nor mirrored?
     probes:int=2000, # Test pictures to attack, or, where labels are random, to look at after each epoch; at the end all are scored
     out:str='runs/scale.csv', # The table of runs; those that it has are not run again
@@ -146,10 +147,12 @@ def scale(
     "Train and score a pre-activation ResNet-18 with and without mixup"
     if data not in ('fashion','cifar'): raise ValueError(f"data must be 'fashion' or 'cifar', but it is {data!r}")
     if n is None: n = 60_000 if data=='fashion' else 50_000
-    arms,(x,y,stats) = scale_arms(noise),to_attack(data, probes)
+    mixers,(x,y,stats) = scale_arms(noise),to_attack(data, probes)
+    arms = arms.split(';') if arms else list(mixers)
+    if unknown := [o for o in arms if o not in mixers]: raise ValueError(f'arms must be of {list(mixers)}, but {unknown} are not')
     make_dls = partial(fashion_dls, test=True) if data=='fashion' else cifar_dls
     def train(arm, seed):
-        mixer,p = arms[arm]
+        mixer,p = mixers[arm]
         cbs = ([] if raw else [ShiftFlip()]) + ([] if noise else [SkipValid()])
         return train_at_scale(make_dls(n, seed, noise, n_valid=probes, bs=128), mixer(), p, epochs, seed, width, cbs)
     def view(learn): return attackable(learn.model, x.shape[1:], stats)
@@ -163,4 +166,4 @@ def scale(
     settings = [dict(arm=arm, data=data, n=n, width=width, noise=noise, epochs=epochs, raw=raw, probes=probes, seed=seed)
         for seed in range(1, seeds+1) for arm in arms]
     run_missing(out, run, settings)
-    print(compare(read_runs(out, settings)).to_string())
+    print(compare(read_runs(out, settings), base=arms[0]).to_string())

@@ -272,3 +272,15 @@ def test_cifar_knows_its_wrong_labels_and_is_attacked_as_it_is(monkeypatch):
     assert (y==data[3][:20].numpy()).all()
     seen = (torch.from_numpy(x)-torch.tensor(mean).view(3, 1, 1))/torch.tensor(std).view(3, 1, 1)
     assert_close(seen, dls.valid.dataset.tensors[0][:20], atol=1e-5, rtol=0)
+
+def test_what_is_trained_at_scale_is_what_was_asked_for(tmp_path, monkeypatch):
+    class Asked(Exception): pass
+    def train(dls, mixer, p, epochs, seed, width, cbs): raise Asked(dls, mixer, p, [type(o) for o in cbs])
+    monkeypatch.setattr(scale, 'train_at_scale', train)
+    for raw in (True,False):
+        for noise,arm,kind,dropped in ((0.,'dropout(.3)',type(None),.3), (0.,'MixUp(8)',scale.MixUp,0), (.5,'dropout(.8)',type(None),.8), (.5,'MixUp(8) + dropout(.3)',scale.MixUp,.3)):
+            with pytest.raises(Asked) as e: scale.scale(n=100, width=8, probes=7, raw=raw, noise=noise, arms=f'{arm};ERM', out=tmp_path/'scale.csv')
+            dls,mixer,p,cbs = e.value.args
+            assert isinstance(mixer, kind) and p==dropped and (mixer is None or mixer.mix.alpha==8)
+            assert (scale.ShiftFlip in cbs)!=raw and (scale.SkipValid in cbs)==(not noise)
+            assert len(dls.train.dataset)==100 and len(dls.valid.dataset)==7 and bool(dls.is_wrong.any())==bool(noise)
