@@ -21,8 +21,8 @@ from .metrics import *
 # %% auto #0
 __all__ = ['fashion_folders', 'adamw', 'fashion_mnist', 'TensorDL', 'tensor_dls', 'to_floats', 'fashion_dls', 'mlp', 'cnn',
            'SkipValid', 'scores', 'memory', 'attackable', 'attack', 'changed', 'misled', 'read_runs', 'run_missing',
-           'choose', 'best_runs', 'element', 'by_seed', 'mean_spread', 'holm', 'paired', 'compare', 'plot_seeds',
-           'plot_dots']
+           'choose', 'best_runs', 'element', 'after_scaling', 'by_seed', 'mean_spread', 'holm', 'paired', 'compare',
+           'plot_seeds', 'plot_dots']
 
 # %% ../nbs/19_evidence.ipynb #dc6e93c7
 fashion_folders = [Path('/usr/share/datasets/fashion-mnist'), fastai_path('data')/'FashionMNIST/raw']
@@ -244,6 +244,15 @@ def element(
 ) -> pd.DataFrame: # `runs`, with a number in each of `columns`
     "One element of results that are lists"
     return runs.assign(**{o: runs[o].str[i] for o in L(columns)})
+
+# %% ../nbs/19_evidence.ipynb #4c86dbfe
+def after_scaling(
+    runs:pd.DataFrame, # From `read_runs`, with columns `y` and `y, tempered` for some `y`
+    arm:str='ERM', # Whose
+) -> pd.DataFrame: # `runs`, with what `arm` has in `y, tempered` in its `y`
+    "The scores of one arm after temperature scaling"
+    ys = [o for o in runs if f'{o}, tempered' in runs]
+    return runs.assign(**{y: runs[y].where(runs.arm!=arm, runs[f'{y}, tempered']) for y in ys})
 
 # %% ../nbs/19_evidence.ipynb #ce956e29
 def by_seed(
