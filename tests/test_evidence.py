@@ -147,7 +147,7 @@ def runs_of(root, name): return read_runs(root/f'nbs/tutorials/runs/{name}.csv')
     ('calibration', dict(network='mlp'), 'loss', 'calibration error', 'ERM', 'MixUp(.4)', 'lower'),
     ('calibration', dict(network='cnn'), 'loss', 'calibration error', 'ERM', 'MixUp(.4)', 'lower'),
     ('generalisation', dict(network='cnn', n=5000), 'error', 'error', 'ERM', 'MixUp(.4)', 'lower'),
-    ('generalisation', dict(network='cnn', n=60_000), 'error', 'error', 'ERM', 'MixUp(.4)', 'lower'),
+    ('generalisation', dict(network='cnn', n=60_000, test=True), None, 'error', 'ERM', 'MixUp(.4)', 'lower'),
     ('generalisation', dict(network='cnn', n=5000), 'error', 'error', 'ERM', 'CutMix', 'lower'),
     ('generalisation', dict(network='cnn', n=1000), 'error', 'error', 'ERM', 'MixUp(.4)', 'no difference found'),
     ('generalisation', dict(network='cnn', n=20_000), 'error', 'error', 'ERM', 'MixUp(.4)', 'no difference found'),
