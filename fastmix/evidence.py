@@ -133,7 +133,8 @@ def attackable(
 ):
     "The Adversarial Robustness Toolbox's view of a model: one of pixels from 0 to 1"
     from art.estimators.classification import PyTorchClassifier
-    return PyTorchClassifier(model.eval(), nn.CrossEntropyLoss(), size, 10, clip_values=(0.,1.), preprocessing=stats)
+    return PyTorchClassifier(model.eval(), nn.CrossEntropyLoss(), size, 10, clip_values=(0.,1.), preprocessing=stats,
+        device_type='gpu' if next(model.parameters()).is_cuda else 'cpu')
 
 def attack(
     net, # From `attackable`
@@ -294,7 +295,7 @@ def paired(
     diff:pd.DataFrame, # A row for each seed, a column for each difference
 ) -> pd.DataFrame: # A row for each: `difference`, as mean ± standard deviation over the seeds, its `p`, corrected, and `so`, what that says
     "Paired t-tests of differences"
-    p = holm(stats.ttest_1samp(diff, 0).pvalue)
+    p = holm(np.where(diff.std()>1e-9, stats.ttest_1samp(diff, 0).pvalue, np.nan))   # equal differences have no spread to test by
     so = np.where(p<.05, np.where(diff.mean()<0, 'lower', 'higher'), 'no difference found' if len(diff)>1 else 'not tested')
     return pd.DataFrame(dict(difference=[mean_spread(diff[o]) for o in diff], p=[f'{o:.2g}' for o in p], so=so), diff.columns)
 

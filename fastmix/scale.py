@@ -106,17 +106,15 @@ def train_at_scale(
     mixer, # A mixer, or None
     p:float, # Dropout in each block
     epochs:int, # To train
-    seed:int, # Of the weights, the order of the batches and the mixing
     width:int=64, # Of `preact_resnet18`
     cbs=None, # More callbacks, for the training only, such as `ShiftFlip`
 ) -> Learner: # Trained
     "Train `preact_resnet18` as the paper does, in half precision where that is faster"
-    set_seed(seed)
     dls.to(default_device())
     learn = Learner(dls, preact_resnet18(dls.one_batch()[0].shape[1], p, width), loss_func=CrossEntropyLossFlat(), metrics=error_rate, wd=1e-4,
         wd_bn_bias=True, opt_func=partial(SGD, mom=.9, decouple_wd=False), cbs=[ChannelsLast(), *L(mixer)])
     device = default_device().type
-    fast = device=='cuda' or torch.cpu.get_capabilities().get('avx512_bf16', False)
+    fast = torch.cuda.is_bf16_supported(False) if device=='cuda' else torch.cpu.get_capabilities().get('avx512_bf16', False)
     with torch.autocast(device, torch.bfloat16, enabled=fast, cache_enabled=False):   # a cache would keep the weights of the first step
         learn.fit(epochs, cbs=[ParamScheduler({'lr': stepped}), *L(cbs)])
     return learn
@@ -153,16 +151,18 @@ def scale(
     make_dls = partial(fashion_dls, test=True) if data=='fashion' else cifar_dls
     def train(arm, seed):
         mixer,p = mixers[arm]
+        set_seed(seed)   # before there are loaders, which take the order of their batches from it
         cbs = ([] if raw else [ShiftFlip()]) + ([] if noise else [SkipValid()])
-        return train_at_scale(make_dls(n, seed, noise, n_valid=probes, bs=128), mixer(), p, epochs, seed, width, cbs)
+        return train_at_scale(make_dls(n, seed, noise, n_valid=probes, bs=128), mixer(), p, epochs, width, cbs)
     def view(learn): return attackable(learn.model, x.shape[1:], stats)
     @functools.lru_cache
     def made_elsewhere(): return {f'{kind}, made elsewhere': xs for kind,xs in changed(view(train('ERM', 100)), x, y, ('one step','ten steps')).items()}
     def run(arm, seed, **_):
         learn = train(arm, seed)
-        if noise: more = {'curve': [100*o[2] for o in learn.recorder.values]}   # before `scores`, which empties the recorder
-        else: more = misled(view(learn), {'unchanged': [x]} | changed(view(learn), x, y) | made_elsewhere(), y)
-        return scores(learn, make_dls(1, 0).to(default_device()).valid) | memory(learn) | more
+        epoch_by_epoch = [*learn.recorder.values]   # `scores` empties the recorder
+        found = scores(learn, make_dls(1, 0).to(default_device()).valid) | memory(learn)
+        if noise: return found | {'curve': [100*o[2] for o in epoch_by_epoch]}
+        return found | misled(view(learn), {'unchanged': [x]} | changed(view(learn), x, y) | made_elsewhere(), y)
     settings = [dict(arm=arm, data=data, n=n, width=width, noise=noise, epochs=epochs, raw=raw, probes=probes, seed=seed)
         for seed in range(1, seeds+1) for arm in arms]
     run_missing(out, run, settings)

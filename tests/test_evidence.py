@@ -1,5 +1,5 @@
 "The tables behind the evidence: runs that resume, hyper-parameters that are chosen without the test set, and tests of a difference"
-import itertools
+import itertools, random
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
 from scipy.stats import ttest_rel
 from statsmodels.stats.multitest import multipletests
@@ -158,6 +158,7 @@ def runs_of(root, name): return read_runs(root/f'nbs/tutorials/runs/{name}.csv')
     ('corrupt_labels', dict(noise=.5), 'error', 'error', 'dropout', 'mixup(1)', 'higher'),
     ('adversarial', dict(network='cnn'), 'error', 'ten steps', 'ERM', 'MixUp(.4)', 'higher'),
     ('scale', dict(width=16, n=5000), None, 'ten steps, made elsewhere', 'ERM', 'MixUp(.4)', 'lower'),
+    ('scale', dict(width=16, n=5000), None, 'ten steps', 'ERM', 'MixUp(.4)', 'no difference found'),
     ('gans', dict(target='ring'), None, 'late_good', 'ERM', 'α = 0.2', 'no difference found'),
     ('gans', dict(target='grid'), None, 'late_good', 'ERM', 'α = 0.2', 'lower'),
 ], ids=lambda o: f'{o[0]} {o[2]} {o[3]} {o[5]} {list(o[1].values())}')
@@ -166,7 +167,7 @@ def test_the_landing_page_says_what_the_runs_say(root, line):
     runs = runs_of(root, name)
     runs = runs[(runs[list(where)]==pd.Series(where)).all(axis=1)]
     if by: runs = best_runs(runs, over[name], by)
-    if isinstance(runs[y].iloc[0], list): runs = element(runs, y, 3 if name=='scale' else 2)
+    if isinstance(runs[y].iloc[0], list): runs = element(runs, y, 3 if 'elsewhere' in y else 2)
     found = compare(runs, y, base)
     assert found.so[arm]==so
     assert f'{found["mean"][base]} → {found["mean"][arm]}'.replace('\xa0', ' ') in (root/'README.md').read_text().replace('\xa0', ' ')
@@ -278,7 +279,7 @@ def test_cifar_knows_its_wrong_labels_and_is_attacked_as_it_is(monkeypatch):
 
 def test_what_is_trained_at_scale_is_what_was_asked_for(tmp_path, monkeypatch):
     class Asked(Exception): pass
-    def train(dls, mixer, p, epochs, seed, width, cbs): raise Asked(dls, mixer, p, [type(o) for o in cbs])
+    def train(dls, mixer, p, epochs, width, cbs): raise Asked(dls, mixer, p, [type(o) for o in cbs])
     monkeypatch.setattr(scale, 'train_at_scale', train)
     for raw in (True,False):
         for noise,arm,kind,dropped in ((0.,'dropout(.3)',type(None),.3), (0.,'MixUp(8)',scale.MixUp,0), (.5,'dropout(.8)',type(None),.8), (.5,'MixUp(8) + dropout(.3)',scale.MixUp,.3)):
@@ -287,3 +288,14 @@ def test_what_is_trained_at_scale_is_what_was_asked_for(tmp_path, monkeypatch):
             assert isinstance(mixer, kind) and p==dropped and (mixer is None or mixer.mix.alpha==8)
             assert (scale.ShiftFlip in cbs)!=raw and (scale.SkipValid in cbs)==(not noise)
             assert len(dls.train.dataset)==100 and len(dls.valid.dataset)==7 and bool(dls.is_wrong.any())==bool(noise)
+
+def test_the_seed_decides_the_order_at_scale(tmp_path, monkeypatch):
+    class Asked(Exception): pass
+    def train(dls, *_): raise Asked(dls.train.one_batch()[1].tolist())
+    monkeypatch.setattr(scale, 'train_at_scale', train)
+    orders = []
+    for before,arm in ((1,'ERM'), (2,'ERM'), (3,'MixUp(1)')):
+        random.seed(before)
+        with pytest.raises(Asked) as e: scale.scale(n=100, probes=7, arms=arm, out=tmp_path/'scale.csv')
+        orders.append(e.value.args[0])
+    assert orders[0]==orders[1]==orders[2]
