@@ -17,11 +17,12 @@ from fastai.vision.core import TensorBBox
 from .core import *
 from .mixes import *
 from .loss import *
+from .loss import _same
 from .codes import *
 
 # %% auto #0
-__all__ = ['MixHandler', 'check_batch', 'MixUp', 'CutMix', 'ResizeMix', 'SaliencyMix', 'FMix', 'GridMix', 'ScheduledValue',
-           'OneOf', 'CutMixUp']
+__all__ = ['MixHandler', 'BatchHook', 'check_batch', 'MixUp', 'CutMix', 'ResizeMix', 'SaliencyMix', 'FMix', 'GridMix',
+           'ScheduledValue', 'OneOf', 'CutMixUp']
 
 # %% ../nbs/03_callback.ipynb #c1bf3f0d
 class MixHandler(Callback):
@@ -50,10 +51,7 @@ class MixHandler(Callback):
     def before_fit(self):
         "Put the learner's own loss back, if an exception has left the mixed one; refuse a second mixer; begin a new random stream"
         self.own_loss()
-        mixers = [cb for cb in self.learn.cbs if isinstance(cb, (MixHandler,fastai_mixup.MixHandler))]
-        if len(mixers)>1: raise ValueError(
-            f'{" and ".join(map(repr, mixers))} would mix what the other has mixed: combine them, '
-            'as in cbs=OneOf(MixUp(.4), CutMix(1.)), or remove one with learn.remove_cb')
+        self.alone()
         if hasattr(self.learn, 'gan_trainer'): raise ValueError(f'{self!r} would mix noise and pictures of a GANLearner: take GANMixUp, which mixes what its critic is shown')
         self.mix.reseed()
         if hasattr(self.partners, 'begin'): self.partners.begin(self.learn.dls.train, self.mix.rng)
@@ -72,17 +70,17 @@ class MixHandler(Callback):
     def after_pred(self):
         "Check that integers were looked up, and that the targets are still those that the batch was mixed with"
         self.check_read()
-        if not self.mix_loss.expect(self.learn.yb): raise RuntimeError(
-            f'Another callback has changed the targets after {self!r} mixed the batch: give it a lower `order`, so that it does so before')
+        self.check_targets()
 
     def after_loss(self):
         "Check that a mixed batch had its loss mixed"
-        if len(self.learn.yb) and any(self.mix_loss.mixed) and not self.mix_loss.used: raise RuntimeError(
+        if self.batch and len(self.learn.yb) and any(self.mix_loss.mixed) and not self.mix_loss.used: raise self.refused(RuntimeError(
             f'{self!r} mixed this batch, but its loss was not mixed: another callback has replaced the loss or the targets '
-            'after `before_batch`. Have it do so earlier, or train without one of the two.')
+            'after `before_batch`. Have it do so earlier, or train without one of the two.'))
 
     def after_batch(self):
-        "Disarm the loss"
+        "Take hooks off the model, and disarm the loss"
+        self.unhook()
         if self.mix_loss: self.mix_loss.disarm()
 
     def after_train(self):
@@ -101,6 +99,7 @@ class MixHandler(Callback):
 @patch
 def mix_batch(self:MixHandler):
     "Draw a `Plan`, mix `xb` by it, and arm the loss with it"
+    self.alone()
     self.before_train()   # another callback may have changed the loss since
     for name,value in self.mix.at(getattr(self.learn, 'pct_train', 0.)).items(): self.hps.setdefault(name, []).append(value)
     xb,yb = self.learn.xb,self.learn.yb
@@ -108,6 +107,22 @@ def mix_batch(self:MixHandler):
     fed = iter(self.feed(xs))
     self.learn.xb,self.learn.yb = map_tensors(lambda _: next(fed), xb),self.mix_loss.arm(target_plan, ys)
     self.batch,self.drawn,self.weighed = (xb,yb),(target_plan,xs,ys),(target_plan,self.mix_loss.pool,self.mix_loss.mixed)
+
+@patch
+def alone(self:MixHandler):
+    "An error if there is a second mixer"
+    mixers = [cb for cb in self.learn.cbs if isinstance(cb, (MixHandler,fastai_mixup.MixHandler))]
+    if len(mixers)>1: raise ValueError(
+        f'{" and ".join(map(repr, mixers))} would mix what the other has mixed: combine them, '
+        'as in cbs=OneOf(MixUp(.4), CutMix(1.)), or remove one with learn.remove_cb')
+
+@patch
+def check_targets(self:MixHandler):
+    "An error if another callback has changed the targets since the batch was mixed, or has put back those that were blended or cut"
+    if self.batch is None: return   # this mixer was added after `before_batch`
+    back = any(_same(y, o) and not _same(t, o) for y,o,t in zip(self.learn.yb, self.batch[1], self.mix_loss.targets))
+    if back or not self.mix_loss.expect(self.learn.yb): raise self.refused(RuntimeError(
+        f'Another callback has changed the targets after {self!r} mixed the batch: give it a lower `order`, so that it does so before'))
 
 # %% ../nbs/03_callback.ipynb #fff7af07
 @patch
@@ -127,6 +142,18 @@ def pads(self:MixHandler,
     "What stands for padding in `xs`, if there are integers among them and a model that knows"
     return paddings(self.learn.model) if self.learn and any(map(is_code, xs)) else []
 
+# %% ../nbs/03_callback.ipynb #b1d5c0e7
+def _nothing(*_): return None
+
+class BatchHook:
+    "A hook on the model, for one batch; that of a copy of the model does nothing"
+    def __init__(self,
+        f:callable, # A forward hook, or a forward pre-hook
+    ): self.f = f
+
+    def __call__(self, *args): return self.f(*args)
+    def __reduce__(self): return BatchHook,(_nothing,)
+
 # %% ../nbs/03_callback.ipynb #e08ad2ce
 @patch
 def promise(self:MixHandler,
@@ -139,7 +166,7 @@ def promise(self:MixHandler,
     def give(_, args, kwargs): return map_tensors(code, (args,kwargs))
     model = self.learn.model
     self.codes,self.buffers = codes,[(o,o.clone()) for o in model.buffers()]
-    self.hooks = [m.register_forward_pre_hook(give, with_kwargs=True) for m in (model,*model.children())]
+    self.hooks = [m.register_forward_pre_hook(BatchHook(give), with_kwargs=True) for m in (model,*model.children())]
 
 # %% ../nbs/03_callback.ipynb #ec7aaa49
 @patch
@@ -148,9 +175,10 @@ def check_read(self:MixHandler):
     faults = [f for o in self.codes for f in o.log if isinstance(f, Exception)] + [TypeError(
         f'The input of shape {tuple(o.shape)}, {o.dtype}, can not be averaged, and the model looks nothing up by it: '
         'give the model an nn.Embedding for categories, or have the data block give numbers as floats') for o in self.codes if not o.log and o.numel()]
-    if not faults: self.buffers = ()
-    self.unhook()
-    if faults: raise self.refused(faults[0])
+    if not faults: return
+    with torch.no_grad():
+        for o,old in self.buffers: o.copy_(old)
+    raise self.refused(faults[0])
 
 @patch
 def refused(self:MixHandler,
@@ -164,10 +192,8 @@ def refused(self:MixHandler,
 # %% ../nbs/03_callback.ipynb #cdba5073
 @patch
 def unhook(self:MixHandler):
-    "Take hooks off the model, and put its buffers back if a batch has failed"
+    "Take hooks off the model"
     for o in self.hooks: o.remove()
-    with torch.no_grad():
-        for o,old in self.buffers: o.copy_(old)
     self.hooks,self.codes,self.buffers = (),(),()
 
 @patch
@@ -222,11 +248,19 @@ def draw(self:MixHandler,
     bs,partners = len(xb[0]),partial(self.partners, xb, yb) if callable(self.partners) else None
     if hasattr(self.partners, 'beside'): xb,yb = self.partners.beside(xb, yb)
     plan = self.mix.draw(max(xb, key=lambda x: x.ndim), self.whole_batch(yb), partners, bs)
-    plan = longest_first(plan, xb, self.pads(xb))
+    plan = self.arrange(plan, xb)
     if all(len(y)==len(xb[0]) for y in yb): return plan,plan,xb,yb
     if not self.mix.fold: raise ValueError(
         'Partners without targets leave each sample its own, which must then have the larger share: mix with fold=True')
     return plan,plan.own_targets(yb),xb,yb
+
+@patch
+def arrange(self:MixHandler,
+    plan:Plan, # How the batch is mixed
+    xb:tuple, # Inputs, each (n, ...)
+) -> Plan: # For the same mixtures
+    "Put texts with little padding before those with much"
+    return longest_first(plan, xb, self.pads(xb))
 
 # %% ../nbs/03_callback.ipynb #17a75de7
 def check_batch(

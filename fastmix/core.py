@@ -496,7 +496,9 @@ def own_targets(self:Plan,
     yb:tuple, # Targets, each (bs, ...)
 ) -> Plan: # For `yb`: each sample's target, mixed with itself
     "The plan for targets where partners have none. A `ValueError` where a target must be cut"
-    return BlendPlan(self.lam, self.pairs[:,0])
+    res = BlendPlan(self.lam, self.pairs[:,0])
+    res.pairs,res.whole = self.pairs[:,[0,0]],self.whole
+    return res
 
 @patch
 def take(self:Plan,

@@ -119,14 +119,6 @@ class Mixing(pl.Callback):
         mixed.__wrapped__ = getattr(step, '__wrapped__', step)   # Lightning looks there for what it takes
         self.undo.enter_context(shadowed(pl_module, 'training_step', mixed))
 
-    def on_before_backward(self, trainer, pl_module, loss):
-        "Tell the mixer"
-        self.mixer('before_backward')
-
-    def on_after_backward(self, trainer, pl_module):
-        "Tell the mixer"
-        self.mixer('after_backward')
-
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         "Put `training_step` back"
         self.undo.close()

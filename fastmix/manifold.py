@@ -78,41 +78,29 @@ class ManifoldMixUp(MixUp):
         self.found = find_layers(model, names)
         super().before_fit()
 
-    def feed(self, xb):
-        "The input, mixed, or as it is, with a hook on the layer that is drawn"
+    @property
+    def hidden(self):
+        "The layer that was drawn, None for the input"
+        return self.found.get(self.layer)
+
+    def arrange(self, plan, xb):
+        "Draw the layer; behind it samples are mixed in the order of the batch"
         choices = list(self.found.items())
         if self.layers is None and all(x.is_floating_point() for x in xb): choices = [('input',None),*choices]
-        self.layer,module = choices[int(self.mix.rng.integers(len(choices)))]
-        if module is None: return super().feed(xb)
-        self.hook(module)
+        self.layer,_ = choices[int(self.mix.rng.integers(len(choices)))]
+        return super().arrange(plan, xb) if self.hidden is None else plan
+
+    def feed(self, xb):
+        "The input, mixed, or as it is, with a hook on the layer that is drawn"
+        if self.hidden is None: return super().feed(xb)
+        self.hook(self.hidden)
         return xb
 
     def after_pred(self):
         "Check that the layer was reached, and that the targets are still those that the batch was mixed with"
-        missed = self.hooks and not self.codes and not self.reached
-        if missed:
-            self.unhook()
-            raise RuntimeError(f'The model did not reach its layer {self.layer}, so that this batch was not mixed: name other layers')
-        kept,*self.hooks = [None,*self.hooks] if self.codes else self.hooks or [None]
-        self.mine = False
-        try: super().after_pred()
-        except Exception:
-            if kept: kept.remove()
-            raise
-        if kept: self.hooks = [kept]
-
-    def before_backward(self):
-        "Mix again what checkpointing computes again"
-        self.again = True
-
-    def after_backward(self):
-        "Mix nothing any more"
-        self.again = False
-
-    def after_batch(self):
-        "Take the hook off, and disarm the loss"
-        self.unhook()
-        super().after_batch()
+        if self.hooks and self.hidden is not None and not self.reached: raise self.refused(RuntimeError(
+            f'The model did not reach its layer {self.layer}, so that this batch was not mixed: name other layers'))
+        super().after_pred()
 
 # %% ../nbs/08_manifold.ipynb #2d6504b3
 @patch
@@ -121,13 +109,15 @@ def hook(self:ManifoldMixUp,
 ):
     "Mix what `module` makes of the present batch. One that is called again, as for a second input, is an error"
     self.unhook()
-    plan,layer,self.mine,self.again = self.plan,self.layer,False,False
+    plan,layer,self.mine = self.plan,self.layer,False
     self.reached = reached = []
     def given(args): return bool(args) and args[0] is self.learn.xb[0]
-    def entered(_, args): self.mine = given(args)
+    def entered(_, args):
+        self.mine = given(args)
+        if self.mine: reached.clear()
     def entered_part(_, args): self.mine = self.mine or given(args)
     def mixed(_, args, h):
-        if self.again: return plan.mix(h)
+        if torch._C._current_graph_task_id()>=0: return plan.mix(h)   # in a backward pass
         if not self.mine: return
         reached.append(layer)
         if isinstance(h, Tensor) and len(reached)==1: return plan.mix(h)
@@ -135,5 +125,5 @@ def hook(self:ManifoldMixUp,
         raise TypeError(f'The layer {layer} is called more than once for a batch, so that there is no telling what to mix: name other layers' if len(reached)>1 else
             f'The layer {layer} gives a {type(h).__name__}, but only a tensor can be mixed: name other layers')
     model = self.learn.model
-    self.hooks = [module.register_forward_hook(mixed), model.register_forward_pre_hook(entered)]   # the first stays for the backward pass
-    self.hooks += [m.register_forward_pre_hook(entered_part) for m in model.children()]
+    self.hooks = [module.register_forward_hook(BatchHook(mixed)), model.register_forward_pre_hook(BatchHook(entered))]
+    self.hooks += [m.register_forward_pre_hook(BatchHook(entered_part)) for m in model.children()]

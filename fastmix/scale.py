@@ -1,4 +1,4 @@
-"""The paper's network, optimizer and epochs, for whoever has a GPU
+"""The paper's network, optimizer and augmentation, for whoever has a GPU
 
 Docs: https://fastmix.github.io/fastmix/scale.html.md"""
 

@@ -413,3 +413,41 @@ def test_every_batch_of_an_epoch_can_be_kept(cb):
 def test_nothing_waits_for_the_device(cb):
     "No operation hands a number back to Python: on a GPU each would stop the queue"
     assert count_ops(batch_step(cb, (torch.rand(8, 3, 16, 16),)))['host syncs']==0
+
+@pytest.mark.parametrize('event', ['before_epoch','before_train','before_batch','after_batch'])
+@pytest.mark.parametrize('first', [MixUp, FastaiMixUp])
+def test_a_second_mixer_in_the_middle_of_a_fit_is_refused(event, first):
+    class Adds(Callback):
+        run_valid = False
+    def add(self):
+        if not self.done: self.learn.add_cb(CutMix(fold=True))
+        self.done = True
+    Adds.done = False
+    setattr(Adds, event, add)
+    own = CrossEntropyLossFlat()
+    learn = mk_learn(class_dls(), loss_func=own, cbs=[first(.4), Adds()])
+    with pytest.raises(ValueError, match='would mix what the other has mixed'): quiet_fit(learn)
+    learn.remove_cb(CutMix)
+    with learn.no_logging(): learn.validate()
+    if first is MixUp: assert learn.loss_func is own   # fastai's leaves its own behind
+
+def test_a_mixer_that_comes_in_the_middle_of_a_fit_mixes_from_the_next_batch():
+    class Adds(Callback):
+        def before_batch(self):
+            if self.training and not self.iter: self.learn.add_cb(MixUp(1.))
+    quiet_fit(mk_learn(class_dls(), cbs=[Adds(), record := Record()]), lr=0.)
+    mixed = [not b['mixed'][0].equal(b['xb0'][0]) for b in record.batches]
+    assert mixed==[False,True,True,True]
+
+@pytest.mark.parametrize('event', ['before_batch','after_pred'])
+@pytest.mark.parametrize('loss_func,y', [(nn.MSELoss(), torch.randn(32, 4)), (nn.BCEWithLogitsLoss(), torch.rand(32, 4).round())], ids=['MSE','BCE'])
+def test_blended_targets_that_are_put_back_are_an_error(event, loss_func, y):
+    class Keeps(Callback):
+        order,run_valid = -5,False
+        def before_batch(self): self.y = self.learn.yb
+    class PutsBack(Callback):
+        order,run_valid = (5 if event=='before_batch' else -4),False
+    setattr(PutsBack, event, lambda self: setattr(self.learn, 'yb', self.learn.keeps.y))
+    learn = mk_learn(mk_dls([torch.randn(32, 6)], [y]), loss_func=loss_func, cbs=[MixUp(1.), Keeps(), PutsBack()])
+    with pytest.raises(RuntimeError, match='has changed the targets'): quiet_fit(learn)
+    assert learn.loss_func is loss_func

@@ -1,8 +1,9 @@
 "Every kind of input: what the model reads is the mixture of what it reads of each sample"
+import pickle
 from collections import UserDict, namedtuple
 from collections.abc import Mapping
 import pytest, torch, torch.nn.functional as F
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelBatchException
 from fastai.callback.rnn import RNNCallback
 from fastai.collab import EmbeddingDotBias
 from fastai.losses import MSELossFlat
@@ -15,6 +16,7 @@ from fastmix.callback import CutMix, MixUp, OneOf
 from fastmix.codes import mix_codes, paddings
 from fastmix.core import BlendPlan, derange
 from fastmix.data import SecondLoader
+from fastmix.manifold import ManifoldMixUp
 from fastmix.mixes import Blend
 from helpers import Record, mk_dls, mk_learn, quiet_fit
 
@@ -306,3 +308,56 @@ def test_dtype_of_vectors(dtype):
     got = emb(mix_codes(plan, x))
     assert got.dtype==dtype and type(got) is torch.Tensor
     assert_close(got.double(), by_share(plan, lambda j: emb.weight[x[j]].double()), rtol=.01, atol=.01)
+
+# Interrupted, or called more often
+
+class WordsNorm(nn.Module):
+    "Categories, with running means"
+    def __init__(self):
+        super().__init__()
+        self.emb,self.bn,self.out,self.live = nn.Embedding(9, 3),nn.BatchNorm1d(18),nn.Linear(18, 2),False
+    def forward(self, x):
+        h = self.bn(self.emb(x).flatten(1))
+        if self.live: raise KeyboardInterrupt
+        return self.out(h)
+
+@pytest.mark.parametrize('heal', ['validate','get_preds','__getstate__','remove_cb'])
+def test_weights_that_are_loaded_after_an_interruption_stay(heal):
+    model = WordsNorm()
+    learn = quiet_fit(mk_learn(mk_dls([ints(9, 32, 6)], [y]), model, cbs=MixUp()))
+    best = {k:v.clone() for k,v in model.state_dict().items()}
+    model.bn.running_mean.fill_(7)
+    model.live = True
+    with pytest.raises(KeyboardInterrupt): quiet_fit(learn)
+    model.live = False
+    pickle.dumps(model)
+    model.load_state_dict(best)
+    with learn.no_logging(): getattr(learn, heal)(*[MixUp]*(heal=='remove_cb'))
+    for k,v in model.state_dict().items(): assert v.equal(best[k]), k
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+class Twice(Callback):
+    "A second gradient at the same place, as of sharpness-aware minimisation with ρ = 0"
+    run_valid = False
+    def before_fit(self): self.grads = []
+    def before_step(self):
+        first = [p.grad.clone() for p in self.model.parameters()]
+        self.model.zero_grad()
+        self.learn.loss_func(self.model(*self.learn.xb), *self.learn.yb).backward()
+        self.grads.append((first,[p.grad.clone() for p in self.model.parameters()]))
+
+@pytest.mark.parametrize('model,x,mixer', [(nn.Linear(6, 2), floats(32, 6), MixUp(1.)), (WordsNorm(), ints(9, 32, 6), MixUp(1.)),
+    (nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)), floats(32, 6), ManifoldMixUp(1., layers='0'))], ids=['floats','integers','hidden'])
+def test_a_second_gradient_of_the_batch_is_the_first(model, x, mixer):
+    quiet_fit(mk_learn(mk_dls([x], [y]), model, cbs=[mixer, twice := Twice()]))
+    for first,second in twice.grads:
+        for a,b in zip(first, second): assert_close(a, b)
+
+def test_a_batch_that_is_cancelled_leaves_the_next_one_alone():
+    "That one is not mixed, so nothing need be looked up"
+    class Skip(Callback):
+        order,run_valid = 5,False
+        def before_batch(self):
+            if not self.iter: raise CancelBatchException
+    learn = mk_learn(mk_dls([ints(9, 32, 6)], [y]), Counted(lambda m,x: x.float()), cbs=[MixUp(1., until=.1), Skip()])
+    quiet_fit(learn)

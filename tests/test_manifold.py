@@ -118,6 +118,18 @@ class Bomb(nn.Module):
         if Bomb.live: raise KeyboardInterrupt
         return x
 
+def test_an_interrupted_backward_pass_leaves_nothing_that_mixes():
+    def stop(grad): raise KeyboardInterrupt
+    class Stop(Callback):
+        def before_backward(self): self.learn.loss_grad.register_hook(stop)
+    learn = mk_learn(class_dls(), net(), cbs=[ManifoldMixUp(1., layers='1'), Stop()])
+    with pytest.raises(KeyboardInterrupt): learn.fit(1)
+    x = torch.randn(8, 6)
+    with torch.no_grad(): got = learn.model.eval()(x)
+    assert_close(got, pickle.loads(pickle.dumps(learn.model))(x).detach())
+    learn.validate()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in learn.model.modules())
+
 @pytest.mark.parametrize('for_this_fit', [False,True])
 def test_an_interrupted_forward_leaves_nothing_that_mixes(for_this_fit):
     model = nn.Sequential(nn.Linear(6, 9), Bomb(), nn.ReLU(), nn.Linear(9, 4))
@@ -155,17 +167,43 @@ def test_one_of_mixes_inputs():
     with pytest.raises(ValueError, match='mixers of inputs'): OneOf(ManifoldMixUp(), None)
 
 class Again(Callback):
-    "Calls the model with the batch once more, between its prediction and the backward pass"
+    "Calls the model again between its prediction and the backward pass: with the batch, and with something else"
     run_valid = False
     def after_loss(self):
-        with torch.no_grad(): self.got,self.want = self.model(*self.xb),self.model[3](self.model[:3](*self.xb))
+        x = torch.ones_like(self.x)
+        with torch.no_grad(): self.got,self.want,self.other,self.plain = self.model(*self.xb),self.pred,self.model(x),self.learn.by_hand(x)
 
 def test_another_call_before_the_backward_pass():
-    "Is not mixed, and does not disturb"
+    "With the batch it is mixed as before, with anything else it is not"
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 4))
-    quiet_fit(mk_learn(class_dls(), model, cbs=[ManifoldMixUp(1., layers='3'), again := Again()]))
-    assert torch.allclose(again.got, again.want)
+    a,b = nn.Linear(6, 8),nn.Linear(8, 4)
+    learn = mk_learn(class_dls(), nn.Sequential(a, nn.ReLU(), b), cbs=[ManifoldMixUp(1., layers='0'), again := Again()])
+    learn.by_hand = lambda x: nn.functional.linear(nn.functional.linear(x, a.weight, a.bias).relu(), b.weight, b.bias)
+    quiet_fit(learn)
+    assert_close(again.got, again.want.detach())
+    assert_close(again.other, again.plain)
+
+class TwoWays(nn.Module):
+    "Words, and a mask of padding that goes around the layer"
+    def __init__(self):
+        super().__init__()
+        self.words,self.layer,self.out = nn.Embedding(9, 4, padding_idx=0),nn.Linear(4, 4),nn.Linear(4, 4)
+    def forward(self, x): return self.pool(self.layer(self.words(x)), x)
+    def pool(self, h, x): return self.out((h*(x!=0)[...,None]).sum(1)/(x!=0).sum(1, keepdim=True))
+
+def test_samples_stay_in_their_order():
+    "What goes around the layer is that of the sample itself"
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(1, 9, (32,6), generator=g)
+    for o,n in zip(x, torch.randint(1, 6, (32,), generator=g)): o[n:] = 0
+    model = TwoWays()
+    learn = mk_learn(mk_dls([x], [torch.arange(32)%4]), model, cbs=[ManifoldMixUp(1., layers='layer'), record := Record()])
+    quiet_fit(learn, lr=0.)
+    for b in record.batches:
+        (x,),plan = b['xb'],b['plan']
+        h = model.layer(model.words(x))
+        h = torch.stack([w*h[i]+(1-w)*h[j] for i,(w,j) in enumerate(zip(plan.lam, plan.idx))])
+        assert_close(b['pred'], model.pool(h, x))
 
 def test_no_hook_is_left_where_targets_were_changed():
     class Changes(Callback):

@@ -155,6 +155,24 @@ def test_a_second_loader_and_a_batch_tell_the_truth(mixer, kind):
     items = list(zip(v.view(-1, 1, 1, 1).expand(-1, 3, 16, 16), _target(kind, v, (16,16))))
     assert check_mix(mixer(partners=SecondLoader(DataLoader(items, bs=7, shuffle=True, num_workers=0))), kind, n_batches=6) < 1e-6
 
+@pytest.mark.parametrize('mixer', [MixUp, partial(MixUp, k=3), partial(MixUp, p=.5), lambda alpha, **kw: OneOf(MixUp(alpha), None, per_batch=False, **kw)])
+def test_without_targets_padded_texts_keep_their_own(mixer):
+    "Also where mixtures are put in the order of their length"
+    g = torch.Generator().manual_seed(0)
+    x,partners = torch.randint(1, 33, (32,5), generator=g),[(torch.randint(1, 33, (8,5), generator=g),)]
+    x[:,0] = torch.arange(1, 33)   # all different
+    for o,n in zip(x, torch.randint(1, 6, (32,), generator=g)): o[n:] = 0
+    model = nn.Sequential(nn.Embedding(33, 4, padding_idx=0), nn.Flatten(), nn.Linear(20, 32))
+    learn = mk_learn(mk_dls([x], [torch.arange(32)]), model, cbs=[mixer(1e-6, partners=SecondLoader(partners)), record := Record()])
+    with learn.no_logging(): learn.fit(1, lr=0.)
+    places = []
+    for b in record.batches:   # with so small an α each mixture is one of the batch
+        same = (model(b['xb'][0])[None]-b['pred'][:,None]).abs().sum(-1) < 1e-4
+        assert same.any(1).all()
+        places += same.int().argmax(1)
+        assert_close(b['loss'], nn.functional.cross_entropy(b['pred'].detach(), b['yb'][0][same.int().argmax(1)]))
+    assert places!=[*range(8)]*4   # some were moved
+
 def test_without_targets_a_sample_keeps_its_own():
     learn = mk_learn(class_dls(), cbs=[MixUp(1., partners=SecondLoader(second(labels=False))), record := Record()])
     learn.fit(1, .1)
