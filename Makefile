@@ -29,7 +29,7 @@ demo: $(env) ## Train on real digits with and without MixUp, in four to six minu
 bench: $(env) ## Measure what mixing adds to a batch, beside fastai, timm and torchvision
 	$(bin)/python -W ignore -m fastmix.bench $(ARGS)
 
-evidence: $(env) ## Run all experiments anew in evidence/, in about thirteen hours on two cores, and go on if interrupted; GPU=1 adds the paper's network
+evidence: $(env) ## Run all experiments anew in evidence/, in about fifteen hours on two cores, and go on if interrupted; GPU=1 adds the paper's network
 	mkdir -p evidence
 	cp $$(grep -l run_missing nbs/tutorials/*.ipynb) nbs/tutorials/evidence.ipynb evidence
 	$(if $(GPU),for noise in 0 .2 .5 .8; do $(bin)/python -m fastmix.scale --noise $$noise --out evidence/runs/scale.csv $(ARGS) || exit; done)

@@ -7,6 +7,8 @@ Docs: https://fastmix.github.io/fastmix/data.html.md"""
 # %% ../nbs/04_data.ipynb #00ff67e7
 from __future__ import annotations
 
+from hashlib import blake2b
+
 from fastai.vision.all import *
 
 from .mixes import check_share
@@ -67,28 +69,35 @@ class CorruptLabels(Transform):
         super().__init__()
 
     def setup(self, items=None, train_setup=True):
-        "Choose the labels to replace, once the training items are known"
+        "Choose the labels to replace, once the training items are known; those of loaders that were made before stay"
         raw = L(items.items if isinstance(items, TfmdLists) else items, use_list=None)
         rows = range_of(raw)
         train = L(rows)[items.splits[0]] if isinstance(items, TfmdLists) else rows
         keys = [_key(raw[i]) for i in rows]
-        if len(set(keys))<len(keys): raise ValueError(f'CorruptLabels knows items apart by their path or the index of their row, but {Counter(keys).most_common(1)[0][0]!r} '
-            'occurs more than once: leave out what is there twice, or df.reset_index(drop=True)')
-        self.true = L(self.get_y(raw[i]) for i in train)
-        self.given = L(corrupt_labels(self.true, self.p, self.seed))
-        self.labels = dict(zip((keys[i] for i in train), self.given))
+        most = Counter(keys).most_common(1)[0][0]
+        if len(set(keys))<len(keys): raise ValueError('CorruptLabels knows items apart by their path, or by the index and the values of their row, '
+            f'but {most[0] if isinstance(raw[0], pd.Series) else most!r} occurs more than once: leave out what is there twice, or df.reset_index(drop=True)')
+        true = L(self.get_y(raw[i]) for i in train)
+        given = L(corrupt_labels(true, self.p, self.seed))
+        labels = dict.fromkeys(keys) | dict(zip((keys[i] for i in train), given)) if self.p else {}   # None is for the true one
+        if any(self.labels.get(k, o)!=o for k,o in labels.items()): raise ValueError(
+            'This CorruptLabels has made loaders of the same items with another split, whose labels would change: '
+            'give the splitter a seed, as in RandomSplitter(seed=42), or each DataBlock a CorruptLabels of its own')
+        self.true,self.given,self.labels = true,given,self.labels | labels
 
     @property
     def is_wrong(self) -> Tensor: # (n,), bool: in the order of the training set
         "Which labels of the training set are not the true ones?"
         return tensor([a!=b for a,b in zip(self.true, self.given)])
 
-    def __call__(self, o, **kwargs): return self.labels[_key(o)] if self.labels and _key(o) in self.labels else self.get_y(o)
+    def __call__(self, o, **kwargs):
+        given = self.labels.get(_key(o)) if self.labels else None
+        return self.get_y(o) if given is None else given
 
 # %% ../nbs/04_data.ipynb #2394b5d4
 def _key(o):
     "What tells an item from others"
-    if isinstance(o, pd.Series): return o.name
+    if isinstance(o, pd.Series): return o.name,blake2b(str(o.tolist()).encode(), digest_size=8).hexdigest()
     try: hash(o)
     except TypeError: raise TypeError(f'CorruptLabels needs items that can be told apart, such as paths, rows of a table or numbers, but got a {type(o).__name__}: '
         'let the items be their numbers, and get_x and get_y look them up') from None
@@ -156,6 +165,11 @@ def _streams(dl):
     g = getattr(dl, 'generator', None)
     return (g,g.get_state().numpy().tobytes()) if isinstance(g, torch.Generator) else (None,None)
 
+def _vocab(dl):
+    "The classes of `dl`'s targets, in lists; None if it doesn't tell"
+    def listed(o): return [listed(i) for i in o] if hasattr(o, '__iter__') and not isinstance(o, str) else o
+    return listed(getattr(dl, 'vocab', None))
+
 # %% ../nbs/04_data.ipynb #1a6c35a1
 class SecondLoader:
     "Partners from a loader of their own, which begins again whenever it ends"
@@ -173,6 +187,9 @@ class SecondLoader:
         "Begin a fit; if this loader would shuffle in lock step with `train`, reseed it"
         if self.dl is train: raise ValueError('SecondLoader needs another loader than the one that is trained on: give it a copy, dls.train.new()')
         self.batches = None
+        first,second = _vocab(train),_vocab(self.dl)
+        if first and second and first!=second: raise ValueError(
+            f'The second loader counts its classes as {str(second)[:80]}, but the first one as {str(first)[:80]}: make both with the same DataBlock, or give both blocks the same vocab')
         (a,state),(b,other) = _streams(train),_streams(self.dl)
         if b is None or a is b or state!=other: return
         warnings.warn('The second loader would shuffle in lock step with the first, since both were made after the same seed: it is given another')

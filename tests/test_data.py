@@ -88,6 +88,36 @@ def test_datasets_and_items_that_are_tuples():
     dsets = Datasets(items, [[ItemGetter(0)],[noise, Categorize()]], splits=IndexSplitter(range(10))(items))
     assert labels(dsets.valid)==['ab'[i%2] for i in range(10)] and noise.is_wrong.any()
 
+@pytest.mark.parametrize('p', [0,.5,1.])
+def test_another_table_with_the_same_index_keeps_its_labels(p):
+    other = df.assign(x=df.x+100, label=df.label.to_numpy()[::-1])
+    block = table_block(CorruptLabels(p, ColReader('label')))
+    dls = block.dataloaders(df, bs=8, num_workers=0)
+    before = labels(dls.train_ds),labels(dls.valid_ds)
+    assert labels(dls.test_dl(other, with_labels=True).dataset)==list(other.label)
+    more = block.dataloaders(other, bs=8, num_workers=0)
+    assert labels(more.valid_ds)==list(more.valid_ds.items.label)
+    assert (labels(dls.train_ds),labels(dls.valid_ds))==before
+
+def test_another_split_of_the_same_items_is_refused():
+    "The labels of the first loaders would change"
+    block = DataBlock((TransformBlock, CategoryBlock), get_x=number, get_y=CorruptLabels(.5, ColReader('label')), splitter=RandomSplitter())
+    dls = block.dataloaders(df, bs=8, num_workers=0)
+    before = labels(dls.train_ds),labels(dls.valid_ds)
+    with pytest.raises(ValueError, match='another split.*seed'): block.dataloaders(df, bs=8, num_workers=0)
+    assert (labels(dls.train_ds),labels(dls.valid_ds))==before
+    same = table_block(CorruptLabels(.5, ColReader('label')))
+    assert labels(same.datasets(df).train)==labels(same.datasets(df).train)
+
+def test_a_second_loader_that_counts_its_classes_differently_is_refused():
+    few = df[df.label!=sorted(set(df.label))[0]]
+    def loaders(source, **kwargs): return DataBlock((TransformBlock, CategoryBlock(**kwargs)), get_x=number, get_y=ColReader('label'),
+        splitter=RandomSplitter(seed=1)).dataloaders(source, bs=8, num_workers=0)
+    dls,vocab = loaders(df),sorted(set(df.label))
+    def learner(second): return Learner(dls, nn.Linear(1, 3), CrossEntropyLossFlat(), cbs=MixUp(.4, partners=SecondLoader.from_dls(second)))
+    with pytest.raises(ValueError, match='counts its classes as.*same DataBlock'): quiet_fit(learner(loaders(few)))
+    quiet_fit(learner(loaders(few, vocab=vocab)))
+
 @pytest.mark.parametrize('p', [1.5, -.1, 'half', None, float('nan')])
 def test_bad_shares(p):
     with pytest.raises(ValueError, match=f'p must be a share between 0 and 1, but it is {p!r}'): CorruptLabels(p, parent_label)
