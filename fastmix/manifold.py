@@ -60,6 +60,7 @@ def find_layers(
 # %% ../nbs/08_manifold.ipynb #f80e1e1a
 class ManifoldMixUp(MixUp):
     "Blend what a layer, drawn for each batch, makes of each training sample with what it makes of another: [manifold mixup](https://arxiv.org/abs/1806.05236)"
+    found,layer = {},'input'
     @delegates(MixUp)
     def __init__(self,
         alpha:float=.4, # λ comes from Beta(`alpha`,`alpha`); the paper took 2 for very long trainings; 0 is off
@@ -85,9 +86,9 @@ class ManifoldMixUp(MixUp):
 
     def arrange(self, plan, xb):
         "Draw the layer; behind it samples are mixed in the order of the batch"
-        choices = list(self.found.items())
-        if self.layers is None and all(x.is_floating_point() for x in xb): choices = [('input',None),*choices]
-        self.layer,_ = choices[int(self.mix.rng.integers(len(choices)))]
+        names = list(self.found)
+        if self.layers is None and all(x.is_floating_point() for x in xb): names = ['input',*names]
+        self.layer = names[int(self.mix.rng.integers(len(names)))] if names else 'input'   # before a fit none is found
         return super().arrange(plan, xb) if self.hidden is None else plan
 
     def feed(self, xb):

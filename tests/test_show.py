@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt, pytest, torch, torch.nn.functional as F
 from torch import nn
 from fastai.data.block import DataBlock
 from fastai.vision.all import ImageBlock, Learner, MaskBlock, MultiCategoryBlock, PILMask, PointBlock, RegressionBlock
-from fastmix.all import CutMix, MixUp, OneOf, digit_images, image_dls
+from fastmix.all import CutMix, ManifoldMixUp, MixUp, OneOf, digit_images, image_dls
 from fastmix.show import mix_caption
 
 images,labels = digit_images()
@@ -75,3 +75,14 @@ def test_points():
 def test_plot_lam_draws_each_part_of_a_combination():
     ax = OneOf(MixUp(.4), CutMix(1.)).plot_lam()
     assert [t.get_text() for t in ax.get_legend().get_texts()]==['α = 0.4', 'α = 1']
+
+@pytest.mark.parametrize('layers', [None,'1'])
+def test_pictures_are_shown_before_and_after_a_fit(layers):
+    dls = image_dls(*digit_images(), bs=64)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(dls.one_batch()[0][0].numel(), 9), nn.ReLU(), nn.Linear(9, 10))
+    dls.show_mix(ManifoldMixUp(layers=layers))
+    learn = Learner(dls, model, cbs=ManifoldMixUp(layers=layers))
+    learn.show_mix()
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    learn.show_mix()
+    plt.close('all')
