@@ -625,7 +625,7 @@ def join_plans(
     res = JoinedPlan(parts)
     if any(type(o) not in (Plan,BlendPlan,BlendManyPlan) for _,o in parts): return res
     blended = BlendManyPlan(res.shares, res.pairs[:,1:])
-    blended.n = res.n
+    blended.n,blended.pairs = res.n,res.pairs
     return blended
 
 class JoinedPlan(Plan):
@@ -642,7 +642,9 @@ class JoinedPlan(Plan):
     def take(self, rows):
         at = rows.new_full((len(self.pairs),), -1).index_copy_(0, rows, torch.arange(len(rows), device=rows.device))
         kept = [(at[old], plan, at[old]>=0) for old,plan in self.parts]
-        return join_plans([(new[keep], plan.take(keep.nonzero()[:,0])) for new,plan,keep in kept if keep.any()])
+        res = join_plans([(new[keep], plan.take(keep.nonzero()[:,0])) for new,plan,keep in kept if keep.any()])
+        res.whole = False
+        return res
 
     def padded(self, o, own): return torch.cat([o, own.expand(len(o), self.k-o.shape[1], *o.shape[2:])], 1)
 

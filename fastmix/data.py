@@ -80,7 +80,7 @@ class CorruptLabels(Transform):
         true = L(self.get_y(raw[i]) for i in train)
         given = L(corrupt_labels(true, self.p, self.seed))
         labels = dict.fromkeys(keys) | dict(zip((keys[i] for i in train), given)) if self.p else {}   # None is for the true one
-        if any(self.labels.get(k, o)!=o for k,o in labels.items()): raise ValueError(
+        if any(str(self.labels.get(k, o))!=str(o) for k,o in labels.items()): raise ValueError(
             'This CorruptLabels has made loaders of the same items with another split, whose labels would change: '
             'give the splitter a seed, as in RandomSplitter(seed=42), or each DataBlock a CorruptLabels of its own')
         self.true,self.given,self.labels = true,given,self.labels | labels
@@ -165,10 +165,12 @@ def _streams(dl):
     g = getattr(dl, 'generator', None)
     return (g,g.get_state().numpy().tobytes()) if isinstance(g, torch.Generator) else (None,None)
 
-def _vocab(dl):
-    "The classes of `dl`'s targets, in lists; None if it doesn't tell"
-    def listed(o): return [listed(i) for i in o] if hasattr(o, '__iter__') and not isinstance(o, str) else o
-    return listed(getattr(dl, 'vocab', None))
+def _vocabs(dl):
+    "What `dl` counts by: a list for each input and target that is counted, inputs first"
+    def listed(o): return o.tolist() if isinstance(o, (Tensor,np.ndarray)) else [listed(i) for i in o] if hasattr(o, '__iter__') and not isinstance(o, str) else o
+    vocab = getattr(dl, 'vocab', None)
+    res = [] if vocab is None else listed(vocab)
+    return res if all(isinstance(o, list) for o in res) else [res]
 
 # %% ../nbs/04_data.ipynb #1a6c35a1
 class SecondLoader:
@@ -187,9 +189,8 @@ class SecondLoader:
         "Begin a fit; if this loader would shuffle in lock step with `train`, reseed it"
         if self.dl is train: raise ValueError('SecondLoader needs another loader than the one that is trained on: give it a copy, dls.train.new()')
         self.batches = None
-        first,second = _vocab(train),_vocab(self.dl)
-        if first and second and first!=second: raise ValueError(
-            f'The second loader counts its classes as {str(second)[:80]}, but the first one as {str(first)[:80]}: make both with the same DataBlock, or give both blocks the same vocab')
+        for first,second in zip(_vocabs(train), _vocabs(self.dl)):
+            if first!=second: raise ValueError(f'The second loader counts its classes as {str(second)[:80]}, but the first one as {str(first)[:80]}: make both with the same DataBlock, or give both blocks the same vocab')
         (a,state),(b,other) = _streams(train),_streams(self.dl)
         if b is None or a is b or state!=other: return
         warnings.warn('The second loader would shuffle in lock step with the first, since both were made after the same seed: it is given another')

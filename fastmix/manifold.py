@@ -112,11 +112,12 @@ def hook(self:ManifoldMixUp,
     self.unhook()
     plan,layer,self.mine = self.plan,self.layer,False
     self.reached = reached = []
-    def given(args): return bool(args) and args[0] is self.learn.xb[0]
+    def given(args): return bool(args) and args[0] is self.learn.xb[0] and getattr(self.learn, 'training', True)
     def entered(_, args):
         self.mine = given(args)
         if self.mine: reached.clear()
     def entered_part(_, args): self.mine = self.mine or given(args)
+    def left(*_): self.mine = False
     def mixed(_, args, h):
         if torch._C._current_graph_task_id()>=0: return plan.mix(h)   # in a backward pass
         if not self.mine: return
@@ -126,5 +127,6 @@ def hook(self:ManifoldMixUp,
         raise TypeError(f'The layer {layer} is called more than once for a batch, so that there is no telling what to mix: name other layers' if len(reached)>1 else
             f'The layer {layer} gives a {type(h).__name__}, but only a tensor can be mixed: name other layers')
     model = self.learn.model
-    self.hooks = [module.register_forward_hook(BatchHook(mixed)), model.register_forward_pre_hook(BatchHook(entered))]
+    self.hooks = [module.register_forward_hook(BatchHook(mixed)), model.register_forward_hook(BatchHook(left))]
+    self.hooks += [model.register_forward_pre_hook(BatchHook(entered))]
     self.hooks += [m.register_forward_pre_hook(BatchHook(entered_part)) for m in model.children()]

@@ -45,7 +45,7 @@ def by_hand(plan, y, c):
 @pytest.mark.parametrize('seed', range(4))
 def test_the_exact_loss(shape, seed):
     "Against probability targets, put together sample by sample"
-    torch.manual_seed(seed)
+    set_seed(seed)
     x,y,pred = torch.rand(12, 3, 7, 5), torch.randint(0, 4, (12,*shape)), torch.randn(12, 4, *shape)
     plan = Choice([Blend(1., k=3), Cut(), Mix()], per_batch=False).draw(x)
     assert isinstance(plan, JoinedPlan)
@@ -199,3 +199,17 @@ def test_a_refusal_leaves_the_learner_as_it_was(options, for_this_fit):
     assert learn.loss_func is own and learn.metrics.attrgot('name')==['accuracy']
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in learn.model.modules())
     assert all(map(torch.equal, weights, learn.model.parameters()))
+
+@pytest.mark.parametrize('mixer', [each(each(MixUp(.4), CutMix()), CutMix()), each(each(MixUp(.4), None), MixUp(1., k=3)),
+    each(each(each(MixUp(.4), None), CutMix()), None)])
+def test_nested_choices_keep_each_sample_in_its_place(mixer):
+    "Also where they are taken in another order"
+    torch.manual_seed(0)
+    x,y,order = torch.rand(8, 1, 4, 4),torch.rand(8, 3),torch.tensor([5,0,7,2,1,6,3,4])
+    for _ in range(60):
+        plan = mixer.mix.draw(x)
+        assert plan.pairs[:,0].equal(torch.arange(8))
+        some = plan.take(order)
+        assert some.pairs[:,0].equal(order)
+        assert_close(some.own_targets((y,)).mix(y), y[order])
+        assert_close(some.mix(x), plan.mix(x)[order])

@@ -118,6 +118,14 @@ def test_a_second_loader_that_counts_its_classes_differently_is_refused():
     with pytest.raises(ValueError, match='counts its classes as.*same DataBlock'): quiet_fit(learner(loaders(few)))
     quiet_fit(learner(loaders(few, vocab=vocab)))
 
+def test_texts_without_labels_as_partners():
+    "They count their tokens as the first loader does, and no classes"
+    table = pd.DataFrame(dict(text=['a b c d','d c b a','b b a a','c d c d']*10, label=['x','y']*20))
+    dls = TextDataLoaders.from_df(table, text_col='text', label_col='label', valid_pct=.2, seed=1, bs=8, seq_len=20)
+    second = SecondLoader(dls.test_dl(table.iloc[:16], bs=8))
+    second.begin(dls.train, np.random.default_rng(0))
+    assert len(second.next())==1
+
 @pytest.mark.parametrize('p', [1.5, -.1, 'half', None, float('nan')])
 def test_bad_shares(p):
     with pytest.raises(ValueError, match=f'p must be a share between 0 and 1, but it is {p!r}'): CorruptLabels(p, parent_label)

@@ -1,7 +1,7 @@
 "Mixing behind hidden layers: where, once, exactly, and for no other batch"
 import pickle
 import pytest, torch
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.rnn import RNNCallback
 from fastai.tabular.model import TabularModel
 from fastai.text.models.awdlstm import AWD_LSTM
@@ -213,3 +213,19 @@ def test_no_hook_is_left_where_targets_were_changed():
     with pytest.raises(RuntimeError, match='has changed the targets'): quiet_fit(learn)
     pickle.dumps(learn.model)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in learn.model.modules())
+
+@pytest.mark.parametrize('event', ['after_loss','after_step','after_batch'])
+def test_predictions_in_the_middle_of_a_batch_are_not_mixed(event):
+    "Nor are those of a part of the model"
+    class Predicts(Callback):
+        run_valid = False
+    def predict(self):
+        x = torch.stack([o[0] for o in self.dls.valid_ds])
+        with torch.no_grad(): want = nn.Sequential(*pickle.loads(pickle.dumps(self.learn.model))).eval()(x)
+        got = self.learn.get_preds(inner=True)[0]
+        assert_close(got, want)
+        self.learn.model[:3](x[:5])
+        raise CancelFitException
+    setattr(Predicts, event, predict)
+    learn = mk_learn(class_dls(), net(), cbs=[Predicts(), ManifoldMixUp(1., layers='1')])
+    with learn.no_bar(): quiet_fit(learn)
