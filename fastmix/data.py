@@ -74,9 +74,9 @@ class CorruptLabels(Transform):
         rows = range_of(raw)
         train = L(rows)[items.splits[0]] if isinstance(items, TfmdLists) else rows
         keys = [_key(raw[i]) for i in rows]
-        most = Counter(keys).most_common(1)[0][0]
-        if len(set(keys))<len(keys): raise ValueError('CorruptLabels knows items apart by their path, or by the index and the values of their row, '
-            f'but {most[0] if isinstance(raw[0], pd.Series) else most!r} occurs more than once: leave out what is there twice, or df.reset_index(drop=True)')
+        for k,n in Counter(keys).most_common(1):
+            if n>1: raise ValueError('CorruptLabels knows items apart by their path, or by the index and the values of their row, '
+                f'but {k[0] if isinstance(raw[0], pd.Series) else k!r} occurs more than once: leave out what is there twice, or df.reset_index(drop=True)')
         true = L(self.get_y(raw[i]) for i in train)
         given = L(corrupt_labels(true, self.p, self.seed))
         labels = dict.fromkeys(keys) | dict(zip((keys[i] for i in train), given)) if self.p else {}   # None is for the true one
