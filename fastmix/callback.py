@@ -7,7 +7,7 @@ Docs: https://fastmix.github.io/fastmix/callback.html.md"""
 # %% ../nbs/03_callback.ipynb #59e28749
 from __future__ import annotations
 
-import sys
+import inspect, sys
 from warnings import warn
 
 from fastai.basics import *
@@ -74,7 +74,7 @@ class MixHandler(Callback):
 
     def after_loss(self):
         "Check that a mixed batch had its loss mixed"
-        if self.batch and len(self.learn.yb) and any(self.mix_loss.mixed) and not self.mix_loss.used: raise self.refused(RuntimeError(
+        if self.batch and len(self.learn.yb) and self.mix_loss.pending: raise self.refused(RuntimeError(
             f'{self!r} mixed this batch, but its loss was not mixed: another callback has replaced the loss or the targets '
             'after `before_batch`. Have it do so earlier, or train without one of the two.'))
 
@@ -204,24 +204,32 @@ def own_loss(self:MixHandler):
     if isinstance(self.learn.loss_func, MixLoss): self.learn.loss_func = self.learn.loss_func.loss_func
 
 # %% ../nbs/03_callback.ipynb #9a037791
-def _adding_for_a_fit():
-    f,added = sys._getframe(),Learner.added_cbs.__wrapped__.__code__
-    while f and f.f_code is not added: f = f.f_back
-    return f is not None
+def _within(f):
+    "Is `f` running, and has called what runs now?"
+    frame,code = sys._getframe(),inspect.unwrap(f).__code__
+    while frame and frame.f_code is not code: frame = frame.f_back
+    return frame is not None
 
 @patch
 def move(self:MixHandler,
     learn:Learner=None, # The learner that this mixer is being given to; None where it is taken off
 ):
-    "Leave the present learner with its own loss. Being given to the same one twice is an error, to another one a warning"
+    "Leave the present learner with its own loss. Being given to the same one twice is an error, as leaving it within a batch is; to another one, a warning"
     if learn is not None and learn is self.learn: raise ValueError(f'This {self!r} is on the learner already, so it need not be added again')
     if self.learn is not None:
+        if self.batch and self.mix_loss.pending and _within(Learner.one_batch): raise self.refused(RuntimeError(
+            f'{self!r} has mixed this batch, whose loss is still to come, so that it can not be removed now: do so in after_batch, or say until= which share of the training it is to mix'))
         self.own_loss()
         self.own_metrics()
         if learn is not None and self in self.learn.cbs:
             warn(f'{self!r} goes to another learner, and the first one no longer mixes: give each learner a mixer of its own')
             self.learn.remove_cb(self)
-    self.for_this_fit = learn is not None and _adding_for_a_fit()
+    self.for_this_fit = learn is not None and _within(Learner.added_cbs)
+
+@patch
+def __call__(self:MixHandler, event_name):
+    "Answer an event, unless a callback that it came to earlier has removed this mixer"
+    if self.learn is not None: Callback.__call__(self, event_name)
 
 # %% ../nbs/03_callback.ipynb #c940565c
 @patch

@@ -19,8 +19,8 @@ __all__ = ['is_code', 'Codes', 'as_codes', 'paddings', 'is_padding', 'mix_codes'
 def is_code(
     x:Tensor, # An input
 ) -> bool:
-    "Does `x` hold integers that mean nothing as numbers? (Bytes are pixels)"
-    return not (x.is_floating_point() or x.is_complex() or x.dtype in (torch.uint8,torch.bool))
+    "Does `x` hold integers that mean nothing as numbers?"
+    return not is_number(x) and x.dtype!=torch.bool
 
 # %% ../nbs/02a_codes.ipynb #2aa30e8e
 class Codes(Tensor):

@@ -18,10 +18,11 @@ from fastcore.basics import patch
 
 # %% auto #0
 __all__ = ['private_rng', 'check_alpha', 'draw_lam', 'draw_partners', 'derange', 'same_class', 'other_class', 'balanced',
-           'near_target', 'unsqueeze_as', 'blend', 'plain', 'recycled', 'blend_partners', 'draw_boxes', 'box_mask',
-           'paste_mask', 'paste_each', 'box_slices', 'spectral_residual', 'peaks', 'boxes_around', 'draw_grid_masks',
-           'draw_fourier_masks', 'draw_inner_boxes', 'shrink_into', 'Plan', 'BlendPlan', 'draw_shares', 'BlendManyPlan',
-           'RegionPlan', 'CutPlan', 'ResizePlan', 'MaskPlan', 'join_plans', 'JoinedPlan', 'tensors_in', 'map_tensors']
+           'near_target', 'unsqueeze_as', 'is_number', 'blend', 'plain', 'recycled', 'blend_partners', 'draw_boxes',
+           'box_mask', 'paste_mask', 'paste_each', 'box_slices', 'spectral_residual', 'peaks', 'boxes_around',
+           'draw_grid_masks', 'draw_fourier_masks', 'draw_inner_boxes', 'shrink_into', 'Plan', 'BlendPlan',
+           'draw_shares', 'BlendManyPlan', 'RegionPlan', 'CutPlan', 'ResizePlan', 'MaskPlan', 'join_plans',
+           'JoinedPlan', 'tensors_in', 'map_tensors']
 
 # %% ../nbs/00_core.ipynb #1570cbb1
 def _rank():
@@ -141,10 +142,16 @@ def unsqueeze_as(
     return lam.view(-1, *[1]*(x.ndim-1))
 
 # %% ../nbs/00_core.ipynb #e47a5c27
+def is_number(
+    x:Tensor, # (bs, ...)
+) -> bool:
+    "Are the values of `x` numbers, which can be averaged, rather than categories? So are floats, and bytes of shape (bs, height, width) or longer"
+    return x.is_floating_point() or x.is_complex() or x.dtype==torch.uint8 and x.ndim>2
+
 def _in_floats(x, mean):
     "`mean(dtype)` for a dtype to average `x` in, back in `x`'s own"
-    if not (x.is_floating_point() or x.is_complex() or x.dtype==torch.uint8): raise TypeError(
-        f'An input of dtype {x.dtype} can not be averaged: it holds categories or tokens. '
+    if not is_number(x): raise TypeError(
+        f'An input of shape {tuple(x.shape)}, {x.dtype}, can not be averaged: it holds categories or tokens. '
         'Give the model a float input (for instance one-hot, or embedded), or train it without mixing.')
     res = mean(torch.promote_types(x.dtype, torch.float32))
     return res.round_().to(x.dtype) if x.dtype==torch.uint8 else res.to(x.dtype)
@@ -154,7 +161,7 @@ def blend(
     x1:Tensor, # (bs, ...) Their partners
     lam:Tensor, # (bs,), or (1,) for the whole batch: weight of `x`
 ) -> Tensor: # (bs, ...), new memory, of `x`'s class, dtype and memory format
-    "`lam*x + (1-lam)*x1` (eq. 1 of [mixup](https://arxiv.org/abs/1710.09412)); a `TypeError` for integers other than `uint8`"
+    "`lam*x + (1-lam)*x1` (eq. 1 of [mixup](https://arxiv.org/abs/1710.09412)); a `TypeError` where `x` holds no numbers"
     return _in_floats(x, lambda dtype: torch.lerp(x1.to(dtype), x.to(dtype), unsqueeze_as(lam, x).to(dtype)))
 
 # %% ../nbs/00_core.ipynb #2c0e4fb8
@@ -635,7 +642,7 @@ class JoinedPlan(Plan):
     ):
         self.parts,self.n = parts,parts[0][1].n
         self.k = max(o.pairs.shape[1] for _,o in parts)
-        self.size = next((o.size for _,o in parts if isinstance(o, RegionPlan)), None)
+        self.size = next((o.size for _,o in parts if getattr(o, 'size', None)), None)
         self.pairs = self.join(lambda o: self.padded(o.pairs, o.pairs[:,:1]))
         self.shares = self.join(lambda o: self.padded(o.shares.expand(o.pairs.shape), 0*o.shares[:,:1]))
 

@@ -185,7 +185,7 @@ def check(self:Mixing,
     if skipped: return self.mixer.unhook()
     self.mixer.after_pred()
     loss = self.mixer.mix_loss
-    if any(loss.mixed) and not loss.used: raise RuntimeError(
+    if loss.pending: raise RuntimeError(
         f'{self.mixer!r} mixed this batch, but its loss was not mixed, since training_step has not called self.{self.loss} with the targets as they are '
         'in the batch: have it do so, or name the loss that it does call, as in Mixing(MixUp(.4), loss="criterion"); a function becomes an attribute by self.criterion = F.cross_entropy')
     if loss.called and not any(loss.mixed) and not loss.reads(self.mixer.learn.yb): warn(f'training_step calls self.{self.loss} with other targets '

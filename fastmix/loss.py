@@ -51,8 +51,10 @@ def loss_arg(
 
 @lru_cache
 def _signature(f):
-    try: return inspect.signature(f).parameters
+    try: own = inspect.signature(f, follow_wrapped=False).parameters
     except (TypeError,ValueError): return {}
+    hands_on = hasattr(f, '__wrapped__') and any(o.kind is o.VAR_KEYWORD for o in own.values())
+    return {**_signature(f.__wrapped__), **own} if hands_on else own
 
 def _params(f): return _signature(getattr(f, '__func__', f) if inspect.isroutine(f) else type(f).__call__)
 
@@ -321,8 +323,6 @@ def _mixed_target(loss_func, plan, y):
     raise ValueError(f'y_int=False would blend classes, of shape {tuple(y.shape)}, as if they were numbers, which {loss_func} does not take: '
         'leave y_int out, or hand it probabilities by soft=True')
 
-def _same(a, b): return a is b or isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape==b.shape and a.data_ptr()==b.data_ptr()
-
 @patch
 def arm(self:MixLoss,
     plan:Plan, # How the batch is mixed
@@ -333,15 +333,28 @@ def arm(self:MixLoss,
     losses = losses_of(self.loss_func, len(yb))
     self.mixed = [plan.weighs(y) and mixes_loss(f, y, self.force_y_int) for f,y in zip(losses, yb)]
     self.pool = tuple(y if m else _mixed_target(f, plan, y) for f,y,m in zip(losses, yb, self.mixed))
-    self.targets = tuple(plan.own(y) if m else y for y,m in zip(self.pool, self.mixed))
+    self.targets = self.given()
     return self.targets
 
+# %% ../nbs/02_loss.ipynb #5be1f0c3
+@patch
+def given(self:MixLoss) -> tuple:
+    "The targets to call the loss with, as they follow from those that it was armed with"
+    return tuple(self.plan.own(y) if m else y for y,m in zip(self.pool, self.mixed))
+
+@patch(as_prop=True)
+def pending(self:MixLoss) -> bool:
+    "Are there losses to mix, and has none been yet?"
+    return any(self.mixed) and not self.used
+
 # %% ../nbs/02_loss.ipynb #44c3fbde
+def _same(a, b): return a is b or isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape==b.shape and a.data_ptr()==b.data_ptr()
+
 @patch
 def expect(self:MixLoss, yb) -> bool:
     "Expect `yb` from now on, if they equal the targets that the loss was armed with"
     def equal(a, b): return _same(a, b) or a.shape==b.shape and a.dtype==b.dtype and torch.equal(a, b)
-    ok = not any(self.mixed) or len(yb)==len(self.targets) and all(map(equal, yb, self.targets))
+    ok = not any(self.mixed) or len(yb)==len(self.targets) and all(map(equal, (*yb,*self.given()), self.targets*2))
     if ok: self.targets = yb
     return ok
 

@@ -451,3 +451,37 @@ def test_blended_targets_that_are_put_back_are_an_error(event, loss_func, y):
     learn = mk_learn(mk_dls([torch.randn(32, 6)], [y]), loss_func=loss_func, cbs=[MixUp(1.), Keeps(), PutsBack()])
     with pytest.raises(RuntimeError, match='has changed the targets'): quiet_fit(learn)
     assert learn.loss_func is loss_func
+
+def removes(event, order=0):
+    class Removes(Callback):
+        run_valid = False
+    def remove(self):
+        if self.train_iter==1: self.learn.remove_cb(MixUp)
+    Removes.order = order
+    setattr(Removes, event, remove)
+    return Removes()
+
+@pytest.mark.parametrize('event,order', [('before_batch',5), ('after_pred',0), ('after_pred',-5)])
+def test_a_mixer_is_not_removed_between_its_batch_and_the_loss(event, order):
+    "That would teach the mixtures the labels of one part"
+    learn = mk_learn(class_dls(), cbs=[MixUp(1.), removes(event, order)])
+    own = learn.loss_func
+    with pytest.raises(RuntimeError, match='do so in after_batch, or say until='): quiet_fit(learn)
+    assert learn.loss_func is own and learn.mix_up in learn.cbs
+    learn.remove_cb(MixUp)   # outside of a batch it goes
+    quiet_fit(learn)
+
+@pytest.mark.parametrize('event,order,n', [('before_batch',-5,1), ('after_loss',5,2), ('before_step',0,2), ('after_batch',5,1)])
+def test_a_mixer_is_removed_before_its_batch_or_after_the_loss(event, order, n):
+    learn = mk_learn(class_dls(), cbs=[MixUp(1.), removes(event, order), record := Record()])
+    own = quiet_fit(learn, lr=0.).loss_func
+    assert not isinstance(own, MixLoss) and not hasattr(learn, 'mix_up')
+    for i,b in enumerate(record.batches):
+        assert b['loss'].isclose(nn.functional.cross_entropy(b['pred'], b['yb'][0]))==(i>=n)
+        assert b['mixed'][0].equal(b['xb0'][0])==(i>=n)
+
+def test_a_mixer_whose_targets_are_blended_may_go_at_any_time():
+    "Mixtures and blended targets belong together without it"
+    learn = mk_learn(mk_dls([torch.randn(32, 6)], [torch.randn(32, 4)]), loss_func=nn.MSELoss(), cbs=[MixUp(1.), removes('after_pred'), record := Record()])
+    quiet_fit(learn, lr=0.)
+    assert not hasattr(learn, 'mix_up') and not record.batches[1]['mixed'][0].equal(record.batches[1]['xb0'][0])

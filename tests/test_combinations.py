@@ -213,3 +213,11 @@ def test_nested_choices_keep_each_sample_in_its_place(mixer):
         assert some.pairs[:,0].equal(order)
         assert_close(some.own_targets((y,)).mix(y), y[order])
         assert_close(some.mix(x), plan.mix(x)[order])
+
+def test_nested_choices_have_a_region():
+    "For pictures of what was pasted: that of each part in its rows, and nowhere else"
+    x = torch.rand(64, 1, 4, 4)
+    plan = each(each(CutMix(), None), None).mix.draw(x)
+    cut = (plan.mix(x+2*torch.arange(64)[:,None,None,None]).long()//2 != torch.arange(64)[:,None,None,None])[:,0]
+    own = plan.idx==torch.arange(64)
+    assert cut.any() and plan.region[~own].equal(cut[~own])

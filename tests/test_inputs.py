@@ -87,7 +87,7 @@ class Offsets(nn.Module):
         e = self.emb(x.long() + self.offsets)
         return self.out((e + self.pos(torch.arange(x.shape[1]))).mean(1)) + self.pos(torch.arange(8)).mean()   # as many as a batch has
 
-@pytest.mark.parametrize('dtype', [torch.int64, torch.int32, torch.int8], ids=str)
+@pytest.mark.parametrize('dtype', [torch.int64, torch.int32, torch.int8, torch.uint8], ids=str)
 def test_offsets_and_positions(dtype):
     model = Offsets()
     for b in fit(mk_dls([ints(3, 32, 3).to(dtype)], [y]), model, MixUp(1.)):
@@ -281,6 +281,25 @@ def test_what_is_never_mixed_stays_integers():
     for mixer in MixUp(0), MixUp(1., p=0.):
         learn = quiet_fit(mk_learn(mk_dls([ints(9, 32, 6)], [y]), model, cbs=mixer))
         learn.validate()
+
+@pytest.mark.parametrize('f', [lambda m,x: x.float(), lambda m,x: x/255], ids=['float','share'])
+def test_bytes_of_one_dimension_are_refused_as_numbers(f):
+    "They may be categories, of which there is no mean; with more dimensions they are pictures"
+    flat = ints(256, 32, 6).byte()
+    learn = mk_learn(mk_dls([flat], [y]), Counted(f), cbs=MixUp())
+    with pytest.raises(TypeError, match='have the data block give numbers as floats'): learn.fit(1)
+    model = Counted(lambda m,x: f(m, x).flatten(1))
+    for b in fit(mk_dls([flat.view(32, 2, 3)], [y]), model, MixUp(1.)):
+        assert (model.f(model, b['mixed'][0]) - model.f(model, by_share(b['plan'], lambda j: b['loader_x'][0][j]))).abs().max() <= .5
+
+@pytest.mark.parametrize('event', ['before_batch','after_pred'])
+def test_targets_of_sorted_texts_that_are_changed_in_place(event):
+    "Texts are put in another order, so that their targets are copies: the loss would not see the change"
+    class Changes(Callback):
+        order,run_valid = (5 if event=='before_batch' else -4),False
+    setattr(Changes, event, lambda self: self.learn.yb[0].zero_())
+    learn = mk_learn(mk_dls([texts()], [y]), classifier(), cbs=[MixUp(1.), RNNCallback(), Changes()])
+    with pytest.raises(RuntimeError, match='has changed the targets'): quiet_fit(learn)
 
 def test_truth_values_are_refused():
     learn = mk_learn(mk_dls([ints(2, 32, 6).bool()], [y]), Counted(lambda m,x: x.float()), cbs=MixUp())

@@ -418,6 +418,17 @@ def test_other_numbers_than_those_that_were_mixed():
     dl = DataLoader([dict(img=a, label=b, target=b+1) for a,b in zip(x, y.float())], batch_size=16)
     with pytest.warns(UserWarning, match='with other targets than those that MixUp has mixed'): fit(Other(loss=nn.MSELoss()), MixUp(1.), dl=dl)
 
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.int64], ids=str)
+def test_classes_that_are_taken_for_an_input(dtype):
+    "Behind them in the batch are weights, which are taken for the target"
+    class Weighed(Digits):
+        def training_step(self, batch, batch_idx):
+            x,y,w = batch
+            return self.loss_func(self(x), y.long())
+    x,y = digits()
+    with pytest.raises(TypeError, match='can not be averaged'):
+        fit(Weighed('tuple'), MixUp(1.), dl=DataLoader([(a,b.to(dtype),torch.rand(())) for a,b in zip(x, y)], batch_size=16))
+
 @pytest.mark.parametrize('kwargs', [True,False])
 def test_losses_called_by_keyword(kwargs):
     class Keyword(Digits):

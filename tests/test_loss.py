@@ -1,5 +1,5 @@
 "Every loss, exactly: a real fit's mixed losses against the definition, written out by hand and in double precision"
-import weakref
+import functools, weakref
 from functools import partial
 import pytest, torch, torch.nn.functional as F
 from torch import nn
@@ -436,3 +436,14 @@ def test_validation_holds_no_targets():
     loss(torch.rand(4), y)
     del y
     assert ref() is None
+
+def wrapped(hands_on):
+    def narrow(pred, y): return 2*F.cross_entropy(pred, y)
+    def wide(*args, **kwargs): return 2*F.cross_entropy(*args, **kwargs)
+    return functools.wraps(F.cross_entropy)(wide if hands_on else narrow)
+
+def test_a_loss_that_wraps_another_has_its_own_arguments():
+    "And those of the other where it hands keywords on"
+    for b in fit(wrapped(True)): close(b['loss'], 2*mean_of(ce(), b['plan'], b['pred'].detach(), b['yb'][0]))
+    with pytest.warns(UserWarning, match='one λ for each batch'): batches = fit(wrapped(False))
+    for b in batches: close(b['loss'], 2*mean_of(ce(), b['plan'], b['pred'].detach(), b['yb'][0]))

@@ -151,3 +151,9 @@ def test_what_can_not_be_mixed():
 def test_off():
     (x,y),plan = MixCollate(Blend(0))(samples(8))
     assert x.equal(default_collate(samples(8))[0]) and type(plan) is Plan
+
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.int64], ids=str)
+def test_classes_that_are_taken_for_an_input(dtype):
+    "Behind them in the batch are weights, which are taken for the target"
+    ds = TensorDataset(torch.rand(8, 1, 4, 4), torch.arange(8).to(dtype), torch.rand(8))
+    with pytest.raises(TypeError, match='can not be averaged'): next(iter(DataLoader(ds, 8, collate_fn=MixCollate(Blend(1.)))))
