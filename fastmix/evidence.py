@@ -7,7 +7,7 @@ Docs: https://fastmix.github.io/fastmix/evidence.html.md"""
 # %% ../nbs/19_evidence.ipynb #fc967b0f
 from __future__ import annotations
 
-import gzip, json, time
+import gzip, json, math, time
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch, torch.nn.functional as F
 from fastai.basics import *
@@ -274,10 +274,12 @@ def by_seed(
 # %% ../nbs/19_evidence.ipynb #3f7ee1ab
 def mean_spread(
     o:pd.Series, # A number for each seed
-    digits:int=3, # To show of the mean
 ) -> str:
-    "Mean ± standard deviation, if there is more than one seed"
-    return f'{round(o.mean(), 9):.{digits}g}' + (f'\xa0±\xa0{round(o.std(), 9):.2g}' if len(o)>1 else '')
+    "Mean ± standard deviation, both to the second digit of the latter; of one seed, or where all have the same, three digits"
+    mean,std = round(o.mean(), 9),round(o.std(), 9)
+    if not std>0: return f'{mean:.3g}' + '\xa0±\xa00'*(len(o)>1)
+    places = max(1-math.floor(math.log10(std)), 0)
+    return f'{round(mean, places)+0:.{places}f}\xa0±\xa0{std:.{places}f}'   # no -0
 
 # %% ../nbs/19_evidence.ipynb #9b03b0e0
 def holm(
