@@ -27,9 +27,9 @@ __all__ = ['MixHandler', 'BatchHook', 'check_batch', 'MixUp', 'CutMix', 'ResizeM
 # %% ../nbs/03_callback.ipynb #c1bf3f0d
 class MixHandler(Callback):
     "Mix training batches, and their loss, by `mix`; validation, prediction and export see the learner's own loss"
-    run_valid,_per_batch = False,('plan','mix_loss','batch','drawn','weighed','codes','hooks','buffers')
+    run_valid,_per_batch = False,('plan','mix_loss','batch','drawn','weighed','replaced','codes','hooks','buffers')
     _stateattrs = _per_batch
-    plan,mix_loss,batch,drawn,weighed,codes,hooks,buffers,for_this_fit = None,None,None,None,None,(),(),(),False
+    plan,mix_loss,batch,drawn,weighed,replaced,codes,hooks,buffers,for_this_fit = None,None,None,None,None,(),(),(),(),False
     def __init__(self,
         mix:Mix, # How to mix
         p:float=1., # Share of the samples to mix (of the batches, if `mix` is per batch), or a function of the share of training that is done
@@ -68,12 +68,13 @@ class MixHandler(Callback):
         except Exception as e: raise self.refused(e)
 
     def after_pred(self):
-        "Check that integers were looked up, and that the targets are still those that the batch was mixed with"
+        "Check that integers were looked up, and that inputs and targets are still those that the batch was mixed with"
         self.check_read()
         self.check_targets()
 
     def after_loss(self):
-        "Check that a mixed batch had its loss mixed"
+        "Check that a mixed batch had its loss mixed, and once more that nothing was put back"
+        self.check_replaced()
         if self.batch and len(self.learn.yb) and self.mix_loss.pending: raise self.refused(RuntimeError(
             f'{self!r} mixed this batch, but its loss was not mixed: another callback has replaced the loss or the targets '
             'after `before_batch`. Have it do so earlier, or train without one of the two.'))
@@ -92,8 +93,7 @@ class MixHandler(Callback):
         "Put the learner's own loss back, and hand scheduled values to the recorder, for `plot_sched`"
         self.own_loss()
         self.own_metrics()
-        if self.hps and hasattr(self.learn, 'param_scheduler'): self.learn.param_scheduler.hps.update(self.hps)
-        elif self.hps and hasattr(self.learn, 'recorder'): self.learn.recorder.hps = self.hps
+        self.record_schedules()
 
 # %% ../nbs/03_callback.ipynb #0e3e97e5
 @patch
@@ -106,6 +106,8 @@ def mix_batch(self:MixHandler):
     self.plan,target_plan,xs,ys = self.draw(tuple(tensors_in(xb)), yb)
     fed = iter(self.feed(xs))
     self.learn.xb,self.learn.yb = map_tensors(lambda _: next(fed), xb),self.mix_loss.arm(target_plan, ys)
+    own = tensors_in(xb) + [y for y,m in zip(yb, self.mix_loss.mixed) if not m]
+    self.replaced = [o for o in own if not self.has(o)]
     self.batch,self.drawn,self.weighed = (xb,yb),(target_plan,xs,ys),(target_plan,self.mix_loss.pool,self.mix_loss.mixed)
 
 @patch
@@ -116,12 +118,25 @@ def alone(self:MixHandler):
         f'{" and ".join(map(repr, mixers))} would mix what the other has mixed: combine them, '
         'as in cbs=OneOf(MixUp(.4), CutMix(1.)), or remove one with learn.remove_cb')
 
+# %% ../nbs/03_callback.ipynb #2f7ae002
+@patch
+def has(self:MixHandler,
+    o:Tensor, # An input or target, as it was before it was mixed
+) -> bool:
+    "Is `o` in the learner's batch?"
+    return any(_same(o, now) for now in tensors_in((self.learn.xb,self.learn.yb)))
+
+@patch
+def check_replaced(self:MixHandler):
+    "An error if another callback has put back inputs or targets that were mixed"
+    if any(map(self.has, self.replaced)): raise self.refused(RuntimeError(
+        f'Another callback has put back what {self!r} had mixed, so that inputs and targets no longer belong together: have it do so after the batch'))
+
 @patch
 def check_targets(self:MixHandler):
-    "An error if another callback has changed the targets since the batch was mixed, or has put back those that were blended or cut"
-    if self.batch is None: return   # this mixer was added after `before_batch`
-    back = any(_same(y, o) and not _same(t, o) for y,o,t in zip(self.learn.yb, self.batch[1], self.mix_loss.targets))
-    if back or not self.mix_loss.expect(self.learn.yb): raise self.refused(RuntimeError(
+    "An error if another callback has changed the targets since the batch was mixed, or has put back what was"
+    self.check_replaced()
+    if self.batch and not self.mix_loss.expect(self.learn.yb): raise self.refused(RuntimeError(
         f'Another callback has changed the targets after {self!r} mixed the batch: give it a lower `order`, so that it does so before'))
 
 # %% ../nbs/03_callback.ipynb #fff7af07
@@ -201,6 +216,7 @@ def own_loss(self:MixHandler):
     "Put the learner's own loss back in place of a `MixLoss`, take hooks off the model, and forget the batch"
     self.unhook()
     self.batch = self.drawn = self.weighed = None
+    self.replaced = ()
     if isinstance(self.learn.loss_func, MixLoss): self.learn.loss_func = self.learn.loss_func.loss_func
 
 # %% ../nbs/03_callback.ipynb #9a037791
@@ -370,6 +386,12 @@ def schedule_columns(self:MixHandler):
     self.own_metrics()
     self.hps = {name:[] for name in self.mix.at(0.)}
     if self.hps and self.learn.logger is not noop: self.learn.metrics = [*self.learn.metrics, *(ScheduledValue(self.hps[o], o) for o in self.hps)]
+
+@patch
+def record_schedules(self:MixHandler):
+    "Hand scheduled values to the recorder"
+    if self.hps and hasattr(self.learn, 'param_scheduler'): self.learn.param_scheduler.hps.update(self.hps)
+    elif self.hps and hasattr(self.learn, 'recorder'): self.learn.recorder.hps = self.hps
 
 # %% ../nbs/03_callback.ipynb #512080ce
 class ScheduledValue(Metric):

@@ -7,7 +7,9 @@ Docs: https://fastmix.github.io/fastmix/codes.html.md"""
 # %% ../nbs/02a_codes.ipynb #82f960cd
 from __future__ import annotations
 
-import torch, torch.nn.functional as F
+from itertools import count
+
+import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core import *
@@ -30,18 +32,23 @@ class Codes(Tensor):
     @classmethod
     def __torch_function__(cls, f, types, args=(), kwargs=None):
         nest = args,kwargs or {}
-        codes = min((o for o in tensors_in(nest) if isinstance(o, Codes)), key=lambda o: len(o.parts))
+        tensors = [o for o in tensors_in(nest) if isinstance(o, Tensor)]
+        codes = min((o for o in tensors if isinstance(o, Codes)), key=lambda o: len(o.shares))
         def run(which):
             args,kwargs = map_tensors(lambda o: which(o) if isinstance(o, Codes) else o, nest)
             return f(*args, **kwargs)
         def each(what='parts'): return [run(lambda o: getattr(o, what)[i]) for i in range(len(codes.parts))]
         with torch._C.DisableTorchFunctionSubclass():
-            version = codes._version
+            versions = [o._version for o in tensors]
             try: res = run(plain)
             except RuntimeError as e: raise TypeError(f'{_name(f)} does not take the input of shape {tuple(codes.shape)}, {codes.dtype}: {_way_out}') from e
-            if codes._version!=version: each()   # `f` writes into the codes
-            if f in _leave and codes.parts: codes.log.append(_fault(codes, f, 'which takes numbers out of it'))
-            return map_tensors(lambda o: _follow(codes, o, each, f, nest), res)
+            written = [o for o,version in zip(tensors, versions) if o._version!=version]
+            if any(o is not codes for o in written) and not _looks_up(f, args): return _lost(codes, f, 'which writes into another tensor', res)
+            if written: each()
+            if f in _leave and any(not np.array_equal(o, res) for o in each()): return _lost(codes, f, 'which takes numbers out of it', res)
+            i = count()
+            def follow(o, i): return _follow(codes, o, lambda *what: [tensors_in(o)[i] for o in each(*what)], f, nest)
+            return map_tensors(lambda o: follow(o, next(i)), res)
 
 # %% ../nbs/02a_codes.ipynb #0159ff10
 def as_codes(
@@ -61,7 +68,8 @@ _way_out = 'look categories up in an nn.Embedding as they come, column by column
 
 def _name(f): return getattr(f, '__name__', str(f))
 
-_leave = {Tensor.tolist, Tensor.item, Tensor.numpy, Tensor.__array__, Tensor.__int__, Tensor.__index__, Tensor.__float__}
+_leave = {Tensor.tolist, Tensor.item, Tensor.numpy, Tensor.__array__, Tensor.__int__, Tensor.__index__, Tensor.__float__, Tensor.__bool__, Tensor.__contains__,
+    Tensor.equal, torch.equal, Tensor.allclose, torch.allclose, Tensor.is_nonzero, torch.is_nonzero}
 _made_of_each = set('''abs add and bitwise_and bitwise_or bitwise_xor clamp clamp_max clamp_min clip clone contiguous cpu cuda empty_like floor_divide floordiv
     full_like int long masked_fill maximum minimum mod mul ones_like or radd remainder rmod rmul rsub short sub to type where xor zeros_like'''.split())
 _moving = {Tensor.__getitem__, Tensor.index_select, torch.index_select, Tensor.flip, torch.flip, Tensor.roll, torch.roll,
@@ -84,26 +92,31 @@ def _fault(codes, f, what):
     "The error that `f` can not be followed"
     return TypeError(f'Integers of shape {tuple(codes.shape)} can not be averaged, nor followed into {_name(f)}, {what}: {_way_out}')
 
+def _lost(codes, f, what, res):
+    "`res`, with the error that `f` can not be followed in the log"
+    codes.log.append(_fault(codes, f, what))
+    return res
+
 def _differs(codes, res, truths):
     "Are the truth values `res` of the sample itself not those of all parts that have a share and are no padding?"
-    over = codes.ndim<=res.ndim and all(n in (1,m) for n,m in zip(codes.shape[::-1], res.shape[::-1]))
-    return any(((o!=res) & real).any() if over else not o.equal(res) for o,real in zip(truths, codes.real))
+    over = codes.real and codes.ndim<=res.ndim and all(n in (1,m) for n,m in zip(codes.shape[::-1], res.shape[::-1]))
+    return any(((o!=res) & real).any() if over else not o.equal(res) for o,real in zip(truths, codes.real or truths))
 
+# %% ../nbs/02a_codes.ipynb #4e219a9c
+def _integers(codes, res, each, f, nest):
+    "The integers `res` as codes; with shares only where all they tell is told for each part"
+    made = _name(f).strip('_') in _made_of_each or _looks_up(f, nest[0])
+    def laid_out(o): return torch.empty_like(res, dtype=o.dtype).copy_(o)
+    if codes.shares and _moves(f, nest[0], **nest[1]): told = map(each, ('parts','shares','real'))
+    elif codes.shares and made and res.shape==codes.shape: told = each(),*(list(map(laid_out, o)) for o in (codes.shares,codes.real))
+    else: told = each(),(),()
+    return as_codes(res, *told, codes.log)
+
+# %% ../nbs/02a_codes.ipynb #c36ddcfb
 def _wider(share, x):
     "`share` with as many dimensions as `x`"
     return share[(..., *[None]*(x.ndim-share.ndim))]
 
-# %% ../nbs/02a_codes.ipynb #4e219a9c
-def _integers(codes, res, each, f, nest):
-    "The integers `res` as codes; with parts only where all they tell is told for each part"
-    made = _name(f).strip('_') in _made_of_each or _looks_up(f, nest[0])
-    def laid_out(o): return torch.empty_like(res, dtype=o.dtype).copy_(o)
-    if codes.parts and _moves(f, nest[0], **nest[1]): told = map(each, ('parts','shares','real'))
-    elif codes.parts and made and res.shape==codes.shape: told = each(),*(list(map(laid_out, o)) for o in (codes.shares,codes.real))
-    else: told = (),(),()
-    return as_codes(res, *told, codes.log)
-
-# %% ../nbs/02a_codes.ipynb #c36ddcfb
 def _follow(codes, res, each, f, nest):
     "What `res`, computed by `f` from the arguments `nest`, stands for; `each` computes it for each part"
     name,start = _name(f),codes.storage_offset()
@@ -115,7 +128,7 @@ def _follow(codes, res, each, f, nest):
         return as_codes(res, *(list(map(view, o)) for o in (codes.parts,codes.shares,codes.real)), codes.log)
     if is_code(res) and f is not F.one_hot: return _integers(codes, res, each, f, nest)
     bag = f is F.embedding_bag and res.ndim==codes.ndim==2
-    known = _looks_up(f, nest[0]) and codes.parts and (bag or res.shape[:codes.ndim]==codes.shape)
+    known = _looks_up(f, nest[0]) and codes.shares and (bag or res.shape[:codes.ndim]==codes.shape)
     codes.log.append(name if known else _fault(codes, f, f'which makes floats of shape {tuple(res.shape)} of them'))
     if not known: return res
     dtype = torch.promote_types(res.dtype, torch.float32)

@@ -177,7 +177,7 @@ class SecondLoader:
     "Partners from a loader of their own, which begins again whenever it ends"
     def __init__(self,
         dl, # A loader of batches like those that are trained on, with or without targets
-    ): self.dl,self.batches = dl,None
+    ): self.dl,self.batches,self.ready = dl,None,noop   # what else an engine does to each batch
 
     def __repr__(self): return f'SecondLoader({type(self.dl).__name__})'
     def __reduce__(self): return SecondLoader,(None,)   # as fastai exports learners: without data
@@ -187,7 +187,7 @@ class SecondLoader:
         rng:np.random.Generator, # Where a new seed comes from
     ):
         "Begin a fit; if this loader would shuffle in lock step with `train`, reseed it"
-        if self.dl is train: raise ValueError('SecondLoader needs another loader than the one that is trained on: give it a copy, dls.train.new()')
+        if self.dl is train: raise ValueError('SecondLoader needs another loader than the one that is trained on: give it another of the same data, such as dls.train.new()')
         self.batches = None
         for first,second in zip(_vocabs(train), _vocabs(self.dl)):
             if first!=second: raise ValueError(f'The second loader counts its classes as {str(second)[:80]}, but the first one as {str(first)[:80]}: make both with the same DataBlock, or give both blocks the same vocab')
@@ -204,7 +204,7 @@ def next(self:SecondLoader) -> tuple:
     if self.dl is None: raise ValueError('This SecondLoader was loaded without its data: give the mixer a new one before you train')
     for _ in range(2):
         if self.batches is None: self.batches = iter(self.dl)
-        for b in self.batches: return tuple(b) if is_listy(b) else (b,)
+        for b in map(self.ready, self.batches): return tuple(b) if is_listy(b) else (b,)
         self.batches = None
     raise ValueError('The second loader gives no batch: it has no items, or fewer than its batch size and drop_last=True')
 
@@ -221,7 +221,8 @@ def beside(self:SecondLoader,
     for first,second in zip((*xb,*yb), b):
         if isinstance(second, Tensor) and len(second) and (second.shape[1:],second.dtype)==(first.shape[1:],first.dtype): continue
         raise ValueError(f'The second loader must give what the first one gives: tensors of shape (n, {", ".join(map(str, first.shape[1:]))}), {first.dtype}, '
-            f'but it gives {f"shape {tuple(second.shape)}, {second.dtype}" if isinstance(second, Tensor) else type(second).__name__}')
+            f'but it gives {f"shape {tuple(second.shape)}, {second.dtype}" if isinstance(second, Tensor) else type(second).__name__}. (Texts, whose batches differ in length, '
+            'have their partners in their own batch: take a function, such as partners=balanced)')
     return tuple(map(torch.cat, zip(xb, xs))),tuple(map(torch.cat, zip(yb, ys))) if ys else yb
 
 # %% ../nbs/04_data.ipynb #8a2d49c4

@@ -8,16 +8,19 @@ Docs: https://fastmix.github.io/fastmix/lightning.html.md"""
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import SimpleNamespace
 from warnings import warn
 
-import numpy as np
+import numpy as np, torch
 from fastcore.basics import noop, patch
 from torch import nn
 
+from .core import *
 from .mixes import *
+from .loss import *
 from .callback import *
 from .pytorch import *
 from .tensorboard import *
@@ -136,6 +139,7 @@ class Mixing(pl.Callback):
         self.undo.close()
         self.resumed = False
         if isinstance(self.mixer.learn, StandIn): self.mixer.learn = None
+        if hasattr(self.mixer.partners, 'beside'): self.mixer.partners.ready = noop
 
     def state_dict(self): return dict(seed=self.seed)
     def load_state_dict(self, state_dict): self.seed,self.resumed = state_dict['seed'],state_dict['seed'] is not None
@@ -173,8 +177,18 @@ def mix(self:Mixing,
     learn.loss_func,learn.pct_train = loss_func,share_done(trainer) or 0.
     learn.xb,learn.yb = self.keys.take(batch)
     self.mixer.mix.use(np.random.default_rng([self.seed, trainer.global_rank, trainer.fit_loop.total_batch_idx]))
+    if hasattr(self.mixer.partners, 'beside'): self.mixer.partners.ready = partial(self.as_loaded, trainer)
     self.mixer.before_batch()
     return self.keys.replace(batch, learn.xb, learn.yb)
+
+@patch
+def as_loaded(self:Mixing,
+    trainer:pl.Trainer, # That is training
+    batch, # As a second loader gives it
+): # Its inputs and targets in a row, after the same hooks as a training batch
+    "What the module, or the data module, does to each batch on its way, done to `batch`"
+    batch = trainer.strategy.batch_to_device(batch)
+    return sum(self.keys.take(batch), ()) if isinstance(batch, Mapping) else batch
 
 # %% ../nbs/12_lightning.ipynb #ac3a19b7
 @patch
@@ -188,7 +202,22 @@ def check(self:Mixing,
     if loss.pending: raise RuntimeError(
         f'{self.mixer!r} mixed this batch, but its loss was not mixed, since training_step has not called self.{self.loss} with the targets as they are '
         'in the batch: have it do so, or name the loss that it does call, as in Mixing(MixUp(.4), loss="criterion"); a function becomes an attribute by self.criterion = F.cross_entropy')
-    if loss.called and not any(loss.mixed) and not loss.reads(self.mixer.learn.yb): warn(f'training_step calls self.{self.loss} with other targets '
+    self.check_other_calls(loss, self.mixer.learn)
+
+@patch
+def check_other_calls(self:Mixing,
+    loss:MixLoss, # With what it was `called` with, besides the targets that it mixes
+    learn:StandIn, # With the batch, mixed
+):
+    "An error if the loss was called with parts of the batch that it was not mixed for; a warning if with something else"
+    def told(o, called=loss.called): return any(made_of(c, o) for c in called)
+    classes = [c for c in loss.called if isinstance(c, torch.Tensor) and not c.is_floating_point()]
+    if any(told(x, classes) for x in tensors_in(learn.xb)): raise ValueError(
+        f'training_step calls self.{self.loss} with integers that {self.mixer!r} has taken for an input, and averaged: say where the targets are, as in Mixing(MixUp(.4), y=1)')
+    if any(m and told(y) for y,m in zip(learn.yb, loss.mixed)): raise RuntimeError(
+        f'training_step calls self.{self.loss} more than once, and only where it is given the targets as they are in the batch, it was mixed, but not for a part or a copy of them: '
+        f'have one loss do all of it, as in self.{self.loss}((pred,other_pred), y), and make the part in there')
+    if loss.called and (any(loss.mixed) or not all(map(told, learn.yb))): warn(f'training_step calls self.{self.loss} with other targets '
         f'than those that {self.mixer!r} has mixed. If they are in the batch, say where, as in Mixing(MixUp(.4), y="target")')
 
 # %% ../nbs/12_lightning.ipynb #9e5c2978

@@ -22,7 +22,7 @@ from .core import *
 
 # %% auto #0
 __all__ = ['loss_layers', 'loss_arg', 'separable', 'MultiLoss', 'losses_of', 'mixes_loss', 'per_sample', 'class_loss_args',
-           'known', 'lerp_class_loss', 'check_loss', 'targets_apart', 'lerp_loss', 'MixLoss', 'soft_targets',
+           'known', 'lerp_class_loss', 'check_loss', 'targets_apart', 'lerp_loss', 'MixLoss', 'made_of', 'soft_targets',
            'soft_loss', 'ClassBCELoss']
 
 # %% ../nbs/02_loss.ipynb #2f2bdbcf
@@ -110,14 +110,20 @@ def losses_of(
     raise ValueError(f'{loss_func} has {len(loss_func.losses)} losses, but there are {n} targets: give each target one')
 
 # %% ../nbs/02_loss.ipynb #99f7168a
+_of_signs = {nn.HingeEmbeddingLoss, nn.SoftMarginLoss, nn.MarginRankingLoss, nn.CosineEmbeddingLoss, F.hinge_embedding_loss, F.soft_margin_loss,
+    F.margin_ranking_loss, F.cosine_embedding_loss}
+
+def _is_named(f, losses): return type(f) in losses or inspect.isfunction(f) and f in losses
+
 def mixes_loss(
     loss_func, # Loss, as a fastai `Learner` takes it
     y:Tensor, # (bs, ...) Target
     y_int:bool=None, # Decide for the loss: are its targets classes, so that the losses are mixed?
 ) -> bool: # True: mix the losses on both targets. False: blend the targets
     "Are the losses mixed, or the targets? `y_int` decides, or else the loss's own `y_int`, or else the target's type"
-    if y_int is None: y_int = next((f.y_int for f in loss_layers(loss_func) if hasattr(f, 'y_int')), None)
-    return not y.is_floating_point() if y_int is None else y_int
+    layers = loss_layers(loss_func)
+    if y_int is None: y_int = next((f.y_int for f in layers if hasattr(f, 'y_int')), None)
+    return _is_named(layers[-1], _of_signs) or not y.is_floating_point() if y_int is None else y_int
 
 # %% ../nbs/02_loss.ipynb #4a241929
 def per_sample(
@@ -147,8 +153,7 @@ def _as_published(f):
 
 def _is_one_of(losses, layers):
     *outer,f = layers
-    named = type(f) in losses or inspect.isfunction(f) and f in losses
-    return named and all(type(o) in _wrappers for o in outer) and all(map(_as_published, layers))
+    return _is_named(f, losses) and all(type(o) in _wrappers for o in outer) and all(map(_as_published, layers))
 
 # %% ../nbs/02_loss.ipynb #ed8c830c
 _class_args = dict(weight=None, ignore_index=-100, label_smoothing=0., reduction='mean')
@@ -256,6 +261,7 @@ def check_loss(
     pure,(bs,k) = copy(plan),plan.pairs.shape
     rows = torch.arange(bs, device=plan.pairs.device)
     pure.shares = F.one_hot(rows%k, k).float()
+    pred = map_tensors(lambda o: o.float() if o.is_floating_point() and o.element_size()<4 else o, pred)   # to tell small differences
     with torch.no_grad():
         want = loss_func(pred, *(torch.stack(ys)[rows%k,rows] for ys in zip(*ybs)))
         got = _lerp_other(loss_func, pure, pred, ybs)
@@ -331,7 +337,9 @@ def arm(self:MixLoss,
     "Expect the targets `yb` of a batch that is mixed by `plan`"
     self.plan,self.used = plan,False
     losses = losses_of(self.loss_func, len(yb))
-    self.mixed = [plan.weighs(y) and mixes_loss(f, y, self.force_y_int) for f,y in zip(losses, yb)]
+    self.mixed = [mixes_loss(f, y, self.force_y_int) for f,y in zip(losses, yb)]
+    if not isinstance(self.loss_func, MultiLoss): self.mixed = [any(self.mixed)]*len(yb)   # one loss of them all
+    self.mixed = [m and plan.weighs(y) for m,y in zip(self.mixed, yb)]
     self.pool = tuple(y if m else _mixed_target(f, plan, y) for f,y,m in zip(losses, yb, self.mixed))
     self.targets = self.given()
     return self.targets
@@ -348,7 +356,8 @@ def pending(self:MixLoss) -> bool:
     return any(self.mixed) and not self.used
 
 # %% ../nbs/02_loss.ipynb #44c3fbde
-def _same(a, b): return a is b or isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape==b.shape and a.data_ptr()==b.data_ptr()
+def _layout(o): return o.data_ptr(),o.shape,o.stride(),o.dtype
+def _same(a, b): return a is b or isinstance(a, Tensor) and isinstance(b, Tensor) and _layout(a)==_layout(b)
 
 @patch
 def expect(self:MixLoss, yb) -> bool:
@@ -365,15 +374,14 @@ def armed_for(self:MixLoss, yb) -> bool:
     return any(self.mixed) and len(yb)==len(self.targets) and all(map(_same, yb, self.targets))
 
 # %% ../nbs/02_loss.ipynb #286efa2b
-def _reads(y, c):
+def made_of(
+    c, # What a loss was called with
+    y, # A part of the batch
+) -> bool:
+    "Is `c` the memory of `y`, a part of it, or its values?"
     if not (isinstance(y, Tensor) and isinstance(c, Tensor)): return False
     if y.untyped_storage().data_ptr()==c.untyped_storage().data_ptr(): return True
     return y.numel()==c.numel() and torch.allclose(y.float().flatten(), c.float().flatten().to(y.device), rtol=.01, atol=.01)
-
-@patch
-def reads(self:MixLoss, yb) -> bool:
-    "Has the loss been called with `yb`: their memory, a part of it, or their values?"
-    return all(any(_reads(y, c) for c in self.called) for y in yb)
 
 # %% ../nbs/02_loss.ipynb #97733f6f
 @patch
@@ -393,6 +401,9 @@ def __call__(self:MixLoss,
     if not self.armed_for(yb):
         if self.plan is not None: self.called += yb
         return loss_func(pred, *yb)
+    for name,o in kwargs.items():
+        if name not in ('weight','pos_weight') and isinstance(o, Tensor) and o.ndim and len(o)==len(yb[0]): raise ValueError(
+            f'{name}, of shape {tuple(o.shape)}, seems to belong to the samples, which are mixed: hand it to the loss by position, as a further target of the batch')
     self.used = True
     if self.soft and all(self.mixed): return soft_loss(loss_func, self.plan, pred, self.pool)
     return lerp_loss(loss_func, self.plan, pred, self.pool, self.mixed)
@@ -402,11 +413,13 @@ def soft_targets(
     plan:Plan, # How the batch was mixed
     y:Tensor, # (n, ...) Classes
     c:int, # How many there are
-) -> Tensor: # (bs, c, ...), float32: probabilities; all 0 for a negative `y`, such as -100
+    ignore_index:int=-100, # Of this `y`, all probabilities are 0; None of none
+) -> Tensor: # (bs, c, ...), float32: probabilities
     "One-hot classes, mixed"
     y = plan.targets(plain(y).long())
-    share = per_sample(plan.shares, y).float()*(y>=0)
-    return share.new_zeros(len(y), c, *y.shape[2:]).scatter_add_(1, y.clamp_min(0), share)
+    keep = torch.ones_like(y, dtype=torch.bool) if ignore_index is None else y!=ignore_index
+    share = per_sample(plan.shares, y).float()*keep
+    return share.new_zeros(len(y), c, *y.shape[2:]).scatter_add_(1, torch.where(keep, y, 0), share)
 
 def soft_loss(
     loss_func, # Loss, as a fastai `Learner` takes it
@@ -417,9 +430,12 @@ def soft_loss(
     "The loss on one-hot, mixed targets; a `ValueError` where `loss_func` does not take any"
     f,args = loss_func,class_loss_args(loss_func)
     if args and args['axis'] is not None: f,pred = loss_layers(loss_func)[1],plain(pred).movedim(args['axis'], 1)
-    try:
-        y, = yb
-        return f(pred, soft_targets(plan, y.view(-1) if y.numel()==len(y) else y, pred.shape[1]))   # tables have (n, 1)
+    if len(yb)>1: raise ValueError(f'soft=True is for one target, but {loss_func} takes {len(yb)}: mix its losses, soft=False')
+    y,ignore_index = yb[0],loss_arg(loss_func, 'ignore_index')
+    if loss_arg(loss_func, 'label_smoothing') and ignore_index is not None and (y==ignore_index).any(): raise ValueError(
+        f'{loss_func} smooths probabilities also where its target is to be ignored, {ignore_index}: mix its losses, soft=False, or leave out label_smoothing')
+    target = soft_targets(plan, y.view(-1) if y.numel()==len(y) else y, pred.shape[1], ignore_index)   # tables have (n, 1)
+    try: return f(pred, target)
     except (TypeError,ValueError,RuntimeError) as e: raise ValueError(f'{loss_func} does not take probabilities as targets: mix its losses, soft=False') from e
 
 # %% ../nbs/02_loss.ipynb #977ed5e0
@@ -440,6 +456,7 @@ class ClassBCELoss(nn.Module):
     ) -> Tensor:
         "The loss"
         pred,y,c = plain(pred),plain(y),pred.shape[1]
+        if not y.is_floating_point() and y.shape==(len(pred),1)!=(len(pred),*pred.shape[2:]): y = y[:,0]   # tables have (n, 1)
         if not y.is_floating_point(): y = F.one_hot(y.long(), c).movedim(-1, 1)
         if self.thresh is not None: y = y > self.thresh
         y = y.to(pred.dtype)*(1-self.label_smoothing) + self.label_smoothing/c

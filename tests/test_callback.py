@@ -439,18 +439,35 @@ def test_a_mixer_that_comes_in_the_middle_of_a_fit_mixes_from_the_next_batch():
     mixed = [not b['mixed'][0].equal(b['xb0'][0]) for b in record.batches]
     assert mixed==[False,True,True,True]
 
-@pytest.mark.parametrize('event', ['before_batch','after_pred'])
-@pytest.mark.parametrize('loss_func,y', [(nn.MSELoss(), torch.randn(32, 4)), (nn.BCEWithLogitsLoss(), torch.rand(32, 4).round())], ids=['MSE','BCE'])
-def test_blended_targets_that_are_put_back_are_an_error(event, loss_func, y):
-    class Keeps(Callback):
-        order,run_valid = -5,False
-        def before_batch(self): self.y = self.learn.yb
+class Keeps(Callback):
+    order,run_valid = -5,False
+    def before_batch(self): self.kept = self.learn.xb,self.learn.yb
+
+def puts_back(event, order, what):
     class PutsBack(Callback):
-        order,run_valid = (5 if event=='before_batch' else -4),False
-    setattr(PutsBack, event, lambda self: setattr(self.learn, 'yb', self.learn.keeps.y))
-    learn = mk_learn(mk_dls([torch.randn(32, 6)], [y]), loss_func=loss_func, cbs=[MixUp(1.), Keeps(), PutsBack()])
-    with pytest.raises(RuntimeError, match='has changed the targets'): quiet_fit(learn)
-    assert learn.loss_func is loss_func
+        run_valid = False
+    PutsBack.order = order
+    setattr(PutsBack, event, lambda self: setattr(self.learn, what, self.learn.keeps.kept[what=='yb']))
+    return PutsBack()
+
+floats = [(nn.MSELoss(), torch.randn(32, 4)), (nn.BCEWithLogitsLoss(), torch.rand(32, 4).round())]
+@pytest.mark.parametrize('event,order', [('before_batch',5), ('after_pred',-4), ('after_pred',1), ('after_pred',90)])
+@pytest.mark.parametrize('loss_func,y', floats, ids=['MSE','BCE'])
+def test_blended_targets_that_are_put_back_are_an_error(event, order, loss_func, y):
+    learn = mk_learn(mk_dls([torch.randn(32, 6)], [y]), loss_func=loss_func, cbs=[MixUp(1.), Keeps(), puts_back(event, order, 'yb')])
+    weights = learn.model.weight.clone()
+    with pytest.raises(RuntimeError, match='has put back what MixUp had mixed'): quiet_fit(learn)
+    assert learn.loss_func is loss_func and learn.model.weight.equal(weights)
+
+@pytest.mark.parametrize('loss_func,y', [*floats, (nn.CrossEntropyLoss(), torch.arange(32)%4)], ids=['MSE','BCE','CE'])
+def test_inputs_that_are_put_back_are_an_error(loss_func, y):
+    learn = mk_learn(mk_dls([torch.randn(32, 6)], [y]), loss_func=loss_func, cbs=[MixUp(1.), Keeps(), puts_back('before_batch', 5, 'xb')])
+    with pytest.raises(RuntimeError, match='has put back what MixUp had mixed'): quiet_fit(learn)
+
+def test_classes_may_be_put_back():
+    "They are the ones that the loss is called with anyway"
+    def fitted(*cbs): return quiet_fit(mk_learn(class_dls(), cbs=[MixUp(1.), *cbs])).model.weight
+    assert fitted(Keeps(), puts_back('before_batch', 5, 'yb')).equal(fitted())
 
 def removes(event, order=0):
     class Removes(Callback):

@@ -224,6 +224,16 @@ class Counted(nn.Module):
         self.bn,self.emb,self.out,self.f = nn.BatchNorm1d(n),nn.Embedding(9, n),nn.Linear(n, 2),f
     def forward(self, x): return self.out(self.bn(self.f(self, x)))
 
+def many_hot(x):
+    res = torch.zeros(len(x), 6)
+    res[torch.arange(len(x))[:,None],x % 6] = 1.
+    return res
+
+def moved(x):
+    res = torch.zeros_like(x.detach().as_subclass(torch.Tensor))
+    res[:,1:] = x[:,:-1]
+    return res
+
 @pytest.mark.parametrize('f,what', [
     (lambda m,x: x.float(), 'followed into float'), (lambda m,x: x/9, 'have the data block give numbers as floats'),
     (lambda m,x: m.emb(x.sum(1) % 9), 'followed into embedding'), (lambda m,x: m.emb(x.argsort(0)).mean(1), 'followed into embedding'),
@@ -233,7 +243,14 @@ class Counted(nn.Module):
     (lambda m,x: m.emb(x[:,0]) + m.emb(torch.tensor(x[:,1].tolist())), 'followed into tolist'), (lambda m,x: m.emb(x[:,0]) + m.emb(torch.from_numpy(x[:,1].numpy())), 'into numpy'),
     (lambda m,x: m.emb(x[:,0]) + torch.stack([m.emb.weight[int(o)] for o in x[:,1]]), 'followed into __int__'), (lambda m,x: m.emb(x[:,0]) + (x==5).float(), 'tells the parts'),
     (lambda m,x: m.emb(x[:,0]) + m.emb(torch.where(x[:,1]>4, 1, 2)), 'tells the parts'), (lambda m,x: m.emb(x[:,0]) + (x[:,1:2]==torch.arange(6)).float(), 'tells the parts'),
-    (lambda m,x: m.emb(x[:,0]) + m.emb.weight[:,x[:,1] % 6].T[:,:6], 'followed into __getitem__')])
+    (lambda m,x: m.emb(x[:,0]) + m.emb.weight[:,x[:,1] % 6].T[:,:6], 'followed into __getitem__'),
+    # What is written elsewhere, and what is made of integers that can only be counted with
+    (lambda m,x: m.emb(x[:,0]) + many_hot(x), 'writes into another tensor'), (lambda m,x: m.emb(x[:,0]) + torch.zeros(len(x), 9).scatter_(1, x, 1.)[:,:6], 'another tensor'),
+    (lambda m,x: m.emb(x[:,0]) + torch.zeros(len(x), 9, dtype=torch.bool).scatter_(1, x, True)[:,:6], 'another tensor'),
+    (lambda m,x: m.emb(x[:,0]) + m.emb(moved(x)).mean(1), 'another tensor'),
+    (lambda m,x: (m.emb(x)*(torch.arange(6)<=x.argmax(1, keepdim=True))[...,None]).mean(1), 'tells the parts'), (lambda m,x: m.emb(x[:,0])*(x.sum(1, keepdim=True)>24), 'tells the parts'),
+    (lambda m,x: m.emb(x[:,0])*x.sum(1)[0].item(), 'followed into item'),
+    (lambda m,x: m.emb(x[:,0])*(2 if 4 in x[0] else 1), 'followed into __contains__'), (lambda m,x: m.emb(x[:,0])*(1 if all(map(bool, x[:,0])) else 2), 'followed into __bool__')])
 def test_integers_without_an_embedding(f, what):
     "An error that names the input and the way out; the learner is as it was"
     model = Counted(f)
@@ -246,6 +263,14 @@ def test_integers_without_an_embedding(f, what):
     assert not model._forward_pre_hooks
     learn.remove_cb(MixUp)
     if 'linear' not in what: quiet_fit(learn)
+
+@pytest.mark.parametrize('f', [lambda x: x.max().item(), lambda x: int(x.max()), lambda x: len(x)>1 and x.sum()>3, lambda x: bool(x.min()>=0),
+    lambda x: (x.argmax(1)<9).all(), lambda x: x.sort(1).values.shape, lambda x: x.unique().numel()])
+def test_what_is_the_same_for_all_parts_may_be_asked(f):
+    "Such as the largest index of a batch, by which a model checks it"
+    x,log = ints(9, 8, 6),[]
+    codes = mix_codes(BlendPlan(torch.full((8,), .6), torch.arange(8).roll(1)), x)
+    assert f(codes)==f(x) and not codes.log
 
 @pytest.mark.parametrize('f', [lambda x: x[[2,0,1]], lambda x: x.flip(1), lambda x: x.flip(0), lambda x: x.roll(1, 0), lambda x: torch.cat([x, x.flip(0)]),
     lambda x: torch.cat([x, x[:,:2]], 1), lambda x: torch.stack([x[:,2],x[:,0],x[:,1]]), lambda x: torch.stack([x[:,0],x[:,2]], 1), lambda x: x[:,[1,2]],

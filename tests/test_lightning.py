@@ -418,6 +418,60 @@ def test_other_numbers_than_those_that_were_mixed():
     dl = DataLoader([dict(img=a, label=b, target=b+1) for a,b in zip(x, y.float())], batch_size=16)
     with pytest.warns(UserWarning, match='with other targets than those that MixUp has mixed'): fit(Other(loss=nn.MSELoss()), MixUp(1.), dl=dl)
 
+def masks(n=32):
+    g = torch.Generator().manual_seed(0)
+    return torch.rand(n, 1, 4, 4, generator=g),torch.randint(0, 10, (n,4,4), generator=g),torch.rand(n, 4, 4, generator=g)
+
+class Dense(Digits):
+    "A prediction for each pixel"
+    def mk_model(self): return nn.Conv2d(1, 10, 1)
+    def training_step(self, batch, batch_idx): return self.step(*batch)
+    def on_train_batch_start(self, batch, batch_idx): pass
+
+def test_masks_that_are_taken_for_an_input():
+    "As bytes they could be pictures; behind them in the batch are weights"
+    class Weighed(Dense):
+        def step(self, x, y, w): return self.loss_func(self(x), y.long())
+    x,y,w = masks()
+    with pytest.raises(ValueError, match='with integers that MixUp has taken for an input'): fit(Weighed('tuple'), MixUp(1.), dl=DataLoader(list(zip(x, y.byte(), w)), batch_size=16))
+
+@pytest.mark.parametrize('part', [lambda p,y: (F.avg_pool2d(p, 2), y[:,::2,::2]), lambda p,y: (p[:4], y[:4]), lambda p,y: (p, y.clone())], ids=['smaller','fewer','copy'])
+def test_a_second_call_of_the_loss_that_is_not_mixed_is_an_error(part):
+    class Deep(Dense):
+        def step(self, x, y):
+            p = self(x)
+            return self.loss_func(p, y) + .5*self.loss_func(*part(p, y))
+    x,y,_ = masks()
+    with pytest.raises(RuntimeError, match='calls self.loss_func more than once'): fit(Deep('tuple'), MixUp(1.), dl=DataLoader(list(zip(x, y)), batch_size=16))
+
+def test_deep_supervision_by_one_loss():
+    "The way out that the error tells of"
+    def deep(preds, y, reduction='mean'):
+        u = [F.cross_entropy(p, t, reduction='none').flatten(1).mean(1) for p,t in zip(preds, (y,y[:,::2,::2]))]
+        return u[0]+.5*u[1] if reduction=='none' else (u[0]+.5*u[1]).mean()
+    class Deep(Dense):
+        def step(self, x, y):
+            p = self(x)
+            loss,plan = self.loss_func((p,F.avg_pool2d(p, 2)), y),mixing(self).mixer.plan
+            want = [deep((p,F.avg_pool2d(p, 2)), y[i], 'none') for i in plan.pairs.T]
+            self.recs.append((loss.item(), (plan.lam*want[0] + (1-plan.lam)*want[1]).mean().item()))
+            return loss
+    x,y,_ = masks()
+    module = Deep('tuple', loss=deep)
+    fit(module, MixUp(1.), dl=DataLoader(list(zip(x, y)), batch_size=16))
+    assert len(module.recs)==4 and all(a==pytest.approx(b, abs=1e-6) for a,b in module.recs)
+
+@pytest.mark.parametrize('shape', ['tuple','dict'])
+def test_partners_pass_the_hooks_that_batches_pass(shape):
+    class Shifts(Digits):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            x,y = self.take(batch)
+            return shapes[self.shape][0](x+10, y)
+    second = loader(shape)
+    module = Shifts(shape)
+    fit(module, MixUp(1., partners=SecondLoader(second)))
+    assert all(o['x'].min()>=10-1e-4 and not o['x'].equal(o['x0']) for o in module.recs)
+
 @pytest.mark.parametrize('dtype', [torch.uint8, torch.int64], ids=str)
 def test_classes_that_are_taken_for_an_input(dtype):
     "Behind them in the batch are weights, which are taken for the target"

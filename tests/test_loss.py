@@ -3,6 +3,7 @@ import functools, weakref
 from functools import partial
 import pytest, torch, torch.nn.functional as F
 from torch import nn
+from fastai.callback.core import Callback
 from fastai.losses import BaseLoss, BCEWithLogitsLossFlat, CrossEntropyLossFlat, DiceLoss, FocalLossFlat, L1LossFlat, LabelSmoothingCrossEntropy
 from fastai.losses import LabelSmoothingCrossEntropyFlat, MSELossFlat
 from fastai.torch_core import TensorBase, TensorCategory
@@ -176,9 +177,25 @@ def test_class_and_number_together():
     dls = mk_dls([torch.randn(32, 6)], [torch.randint(0, C, (32,)), torch.randn(32)])
     for b in fit(two_targets, dls, nn.Linear(6, C+1)):
         plan,(y,t),p = b['plan'], b['yb'], b['pred'].detach()
-        lam = plan.lam
-        want = lam*F.cross_entropy(p[:,:C], y, reduction='none') + (1-lam)*F.cross_entropy(p[:,:C], y[plan.idx], reduction='none')
-        close(b['loss'], (want + (p[:,C] - lam*t - (1-lam)*t[plan.idx])**2).mean())
+        own,other = (F.cross_entropy(p[:,:C], y[i], reduction='none') + (p[:,C]-t[i])**2 for i in plan.pairs.T)
+        close(b['loss'], (plan.lam*own + (1-plan.lam)*other).mean())
+
+def weighed(p, y, w, reduction='mean'):
+    "Each class counts by a weight of its own, as in the weight maps of a U-Net"
+    u = F.cross_entropy(p, y, reduction='none')*w
+    return u if reduction=='none' else u.mean()
+
+@pytest.mark.parametrize('per_batch', [False,True])
+@pytest.mark.parametrize('shape', [(), (5,)], ids=str)
+def test_classes_and_their_weights(shape, per_batch):
+    "A weight stays with its class: labels with weight 0 pull at nothing"
+    y = torch.randint(0, C, (32,*shape))
+    dls = mk_dls([torch.randn(32, 6)], [y, (y!=2).float()*torch.rand(y.shape)])
+    model = nn.Sequential(nn.Linear(6, C*5), nn.Unflatten(1, (C,5))) if shape else nn.Linear(6, C)
+    for b in fit(weighed, dls, model, MixUp(1., per_batch=per_batch)):
+        plan,(y,w),p = b['plan'],b['yb'],b['pred'].detach()
+        u = [(F.cross_entropy(p, y[i], reduction='none')*w[i]).flatten(1).mean(1) if shape else F.cross_entropy(p, y[i], reduction='none')*w[i] for i in plan.pairs.T]
+        close(b['loss'], (plan.lam*u[0] + (1-plan.lam)*u[1]).mean())
 
 class Aux(nn.Module):
     "A head and an auxiliary head"
@@ -447,3 +464,35 @@ def test_a_loss_that_wraps_another_has_its_own_arguments():
     for b in fit(wrapped(True)): close(b['loss'], 2*mean_of(ce(), b['plan'], b['pred'].detach(), b['yb'][0]))
     with pytest.warns(UserWarning, match='one λ for each batch'): batches = fit(wrapped(False))
     for b in batches: close(b['loss'], 2*mean_of(ce(), b['plan'], b['pred'].detach(), b['yb'][0]))
+
+def test_tensors_of_the_samples_as_keywords_are_refused():
+    pred,y,plan = torch.randn(8, C), torch.arange(8)%C, Blend(1.).draw(torch.rand(8, C))
+    with pytest.raises(ValueError, match='w, of shape .8,., seems to belong to the samples'): MixLoss(weighed)(pred, y, w=torch.rand(8), plan=plan)
+    close(MixLoss(F.cross_entropy)(pred, y, weight=w, plan=plan), mean_of(ce(w), plan, pred, y))
+    assert MixLoss(weighed)(pred, y, w=torch.ones(8)).isclose(F.cross_entropy(pred, y))   # not mixed
+
+signs = [(nn.HingeEmbeddingLoss(), F.hinge_embedding_loss), (nn.SoftMarginLoss(), F.soft_margin_loss), (F.soft_margin_loss, F.soft_margin_loss)]
+@pytest.mark.parametrize('loss_func,f', signs, ids=str)
+def test_signs_are_classes(loss_func, f):
+    y = torch.randn(32).sign()
+    for b in fit(loss_func, mk_dls([torch.randn(32, 6)], [y]), nn.Sequential(nn.Linear(6, 1), nn.Flatten(0))):
+        u = [f(b['pred'].detach(), b['yb'][0][i], reduction='none') for i in b['plan'].pairs.T]
+        close(b['loss'], (b['plan'].lam*u[0] + (1-b['plan'].lam)*u[1]).mean())
+
+class HalfIgnored(nn.CrossEntropyLoss):
+    "Void targets that no attribute tells of, few of them"
+    def forward(self, p, y): return F.cross_entropy(p, y.where(y!=3, -100), reduction=self.reduction)
+
+def test_a_loss_is_checked_closely_in_half_precision():
+    pred,y = torch.randn(64, C).bfloat16(), torch.tensor([3]*3 + [0,1,2]*20 + [1])
+    with pytest.raises(ValueError, match='can not be mixed sample by sample'): MixLoss(HalfIgnored())(pred, y, plan=Blend(1.).draw(torch.rand(64, C)))
+
+def test_targets_in_another_layout_are_others():
+    "Transposed, a square target is as long as before, and in the same memory"
+    y = torch.randint(0, C, (32, 8))
+    class Transposes(Callback):
+        order,run_valid = 5,False
+        def before_batch(self): self.learn.yb = (self.learn.yb[0].T,)
+    model = nn.Sequential(nn.Linear(6, C*8), nn.Unflatten(1, (C,8)))
+    learn = mk_learn(mk_dls([torch.randn(32, 6)], [y]), model, nn.CrossEntropyLoss(), cbs=[MixUp(1.), Transposes()])
+    with pytest.raises(RuntimeError, match='changed the targets'): quiet_fit(learn)

@@ -35,6 +35,31 @@ def test_dense_and_ignored():
     y[:] = -100
     assert not soft_targets(plan, y, 4).any()
 
+@pytest.mark.parametrize('f', [nn.CrossEntropyLoss(), CrossEntropyLossFlat(), F.cross_entropy], ids=str)
+def test_only_what_is_to_be_ignored_is(f):
+    pred,y = torch.randn(8, 5), torch.arange(8)%5
+    plan = Blend(1.).draw(pred)
+    want = by_hand(plan, y, 5)
+    y[y==4] = -100
+    assert_close(MixLoss(f, soft=True)(pred, y, plan=plan), F.cross_entropy(pred, want*(torch.arange(5)!=4)))
+    y[2] = -1
+    with pytest.raises(RuntimeError, match='out of bounds'): MixLoss(f, soft=True)(pred, y, plan=plan)
+
+def test_smoothing_does_not_reach_what_is_to_be_ignored():
+    pred,y = torch.randn(8, 4), torch.arange(8)%4
+    loss,plan = MixLoss(nn.CrossEntropyLoss(label_smoothing=.1), soft=True),Blend(1.).draw(pred)
+    loss(pred, y, plan=plan)
+    y[2] = -100
+    with pytest.raises(ValueError, match='leave out label_smoothing'): loss(pred, y, plan=plan)
+
+@pytest.mark.parametrize('thresh,soft', [(None,False), (.2,True)])
+def test_bce_of_a_table(thresh, soft):
+    "Whose targets have the shape (n, 1)"
+    pred,y,loss = torch.randn(8, 4), torch.arange(8)%4, ClassBCELoss(thresh=thresh)
+    plan = Blend(1.).draw(pred)
+    assert_close(loss(pred, y[:,None]), loss(pred, y))
+    assert_close(MixLoss(loss, soft=soft)(pred, y[:,None], plan=plan), MixLoss(loss, soft=soft)(pred, y, plan=plan))
+
 @pytest.mark.parametrize('f', [nn.NLLLoss(weight=w), LabelSmoothingCrossEntropy(), nn.MultiMarginLoss()], ids=repr)
 def test_a_loss_that_takes_none(f):
     pred,y = torch.randn(9, 5), torch.arange(9)%5
