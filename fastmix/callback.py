@@ -22,7 +22,14 @@ from .codes import *
 
 # %% auto #0
 __all__ = ['MixHandler', 'BatchHook', 'check_batch', 'MixUp', 'CutMix', 'ResizeMix', 'SaliencyMix', 'FMix', 'GridMix',
-           'ScheduledValue', 'OneOf', 'CutMixUp']
+           'ScheduledValue', 'check_part', 'find_mixer', 'OneOf', 'CutMixUp']
+
+# %% ../nbs/03_callback.ipynb #6c41d020
+def _checked(partners):
+    if callable(partners): check_takes('partners', partners, 'xb', 'yb', 'rng')
+    elif not (partners is None or hasattr(partners, 'beside')): raise TypeError(
+        f'partners must be a function such as derange, or a SecondLoader(dl), but it is a {type(partners).__name__}')
+    return partners
 
 # %% ../nbs/03_callback.ipynb #c1bf3f0d
 class MixHandler(Callback):
@@ -38,10 +45,8 @@ class MixHandler(Callback):
         y_int:bool=None, # Mix the losses (True) or the targets (False)? Else as the loss and the target's type say
         soft:bool=False, # Hand the loss probabilities, one-hot and mixed, instead of mixing losses?
     ):
-        if not (partners is None or callable(partners) or hasattr(partners, 'beside')): raise TypeError(
-            f'partners must be a function such as derange, or a SecondLoader(dl), but it is a {type(partners).__name__}')
         self.mix = mix if not callable(p) and p==until==1 else Sometimes(mix, p, until)
-        self.partners,self.y_int,self.soft,self.told,self.hps = partners,y_int,soft,False,{}
+        self.partners,self.y_int,self.soft,self.told,self.hps = _checked(partners),y_int,soft,False,{}
 
     def __setattr__(self, name, value):
         if name=='learn': self.move(value)
@@ -114,8 +119,9 @@ def mix_batch(self:MixHandler):
 def alone(self:MixHandler):
     "An error if there is a second mixer"
     mixers = [cb for cb in self.learn.cbs if isinstance(cb, (MixHandler,fastai_mixup.MixHandler))]
+    def name(cb): return repr(cb) if isinstance(cb, MixHandler) else f"fastai's own {cb!r}"
     if len(mixers)>1: raise ValueError(
-        f'{" and ".join(map(repr, mixers))} would mix what the other has mixed: combine them, '
+        f'{" and ".join(map(name, mixers))} would mix what the other has mixed: combine them, '
         'as in cbs=OneOf(MixUp(.4), CutMix(1.)), or remove one with learn.remove_cb')
 
 # %% ../nbs/03_callback.ipynb #2f7ae002
@@ -271,7 +277,7 @@ def draw(self:MixHandler,
     check_batch(xb, yb)
     bs,partners = len(xb[0]),partial(self.partners, xb, yb) if callable(self.partners) else None
     if hasattr(self.partners, 'beside'): xb,yb = self.partners.beside(xb, yb)
-    plan = self.mix.draw(max(xb, key=lambda x: x.ndim), self.whole_batch(yb), partners, bs)
+    plan = self.mix.draw(max(xb, key=lambda x: x.ndim), per_batch=self.whole_batch(yb), partners=partners, bs=bs)
     plan = self.arrange(plan, xb)
     if all(len(y)==len(xb[0]) for y in yb): return plan,plan,xb,yb
     if not self.mix.fold: raise ValueError(
@@ -295,7 +301,7 @@ def check_batch(
     for o in (*xb,*yb):
         if not isinstance(o, Tensor): raise TypeError(
             f'Only tensors can be mixed, but the batch holds a {type(o).__name__}: '
-            'have the data block give each part as an input or target of its own')
+            'have the data block leave out what is no number, such as names, and give each other part as an input or target of its own')
         if isinstance(o, TensorBBox): raise TypeError('Bounding boxes can not be mixed: train this learner without a mixer')
         if not o.ndim or len(o)!=len(xb[0]): raise ValueError(
             f'An input or target of shape {tuple(o.shape)} has not one row for each of the {len(xb[0])} samples, '
@@ -331,6 +337,7 @@ class ResizeMix(MixHandler):
     "Shrink another sample of its batch into a box of each training sample: [ResizeMix](https://arxiv.org/abs/2012.11101)"
     @delegates(MixHandler)
     def __init__(self,
+        *,
         min_side:float=.1, # Least side of the box, as a share of the picture's
         max_side:float=.8, # Largest side of the box, as a share of the picture's
         per_batch:bool=False, # One box for the whole batch instead of one per sample?
@@ -408,6 +415,29 @@ class ScheduledValue(Metric):
     @property
     def name(self): return self._name
 
+# %% ../nbs/03_callback.ipynb #6c41d003
+def check_part(
+    m, # A mixer, or None
+):
+    "An error that says why `m` can't take turns with other mixers, if it can't"
+    if m is None: return
+    if isinstance(m, fastai_mixup.MixHandler): raise TypeError(f"This {m!r} is fastai's own: import fastmix after fastai, whose mixers have the same names")
+    if not isinstance(m, MixHandler): raise TypeError(
+        f'OneOf takes mixers one by one, or None to leave alone, as in OneOf(MixUp(.4), CutMix(1.), None), but {m!r} is a {type(m).__name__}')
+    if type(m).feed is not MixHandler.feed: raise ValueError(f'{m!r} mixes behind hidden layers, and can not take turns with mixers of inputs')
+    for name,unset in dict(partners=None, y_int=None, soft=False).items():
+        if getattr(m, name) is not unset: raise ValueError(
+            f'{m!r} has {name}={getattr(m, name)!r} of its own, which all parts of OneOf must share: give it to OneOf, as in OneOf(MixUp(.4), CutMix(1.), {name}=...)')
+
+# %% ../nbs/03_callback.ipynb #6c41d005
+def find_mixer(
+    learn:Learner, # With a mixer
+) -> MixHandler:
+    "The mixer of `learn`, or a `ValueError` that says how to give it one"
+    mixer = first(cb for cb in learn.cbs if isinstance(cb, MixHandler))
+    if mixer: return mixer
+    raise ValueError("This learner has no mixer of fastmix: give it one, as in learn.add_cb(MixUp(.4)), with fastmix imported after fastai, whose mixers have the same names")
+
 # %% ../nbs/03_callback.ipynb #a9f0c180
 class OneOf(MixHandler):
     "Mix each training batch, or each sample, by one of `mixers`, chosen at random"
@@ -418,9 +448,8 @@ class OneOf(MixHandler):
         per_batch:bool=True, # One of them for the whole batch, instead of one for each sample?
         **kwargs # For `MixHandler`
     ):
-        def bare(m): return isinstance(m, MixHandler) and m.y_int is m.partners is None and not m.soft and type(m).feed is MixHandler.feed
-        if not mixers or not all(m is None or bare(m) for m in mixers): raise ValueError(
-            f'OneOf takes mixers of inputs, as in OneOf(MixUp(.4), CutMix(1.)), and itself their partners, y_int and soft, but got {mixers}')
+        if not mixers: raise ValueError('OneOf takes mixers, as in OneOf(MixUp(.4), CutMix(1.)), but got none')
+        for m in mixers: check_part(m)
         super().__init__(Choice([m.mix if m else Mix() for m in mixers], p, per_batch), **kwargs)
 
 # %% ../nbs/03_callback.ipynb #acb4b591

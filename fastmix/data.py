@@ -52,6 +52,7 @@ def corrupt_labels(
 ) -> list: # As many labels
     "Replace a share `p` of `labels`, chosen at random, by labels drawn at random from those that occur"
     check_share('p', p)
+    if any(is_listy(o) or isinstance(o, (dict,set)) for o in labels): raise TypeError(f'corrupt_labels takes one label for each sample, but was given {first(labels)!r}')
     rng,vocab,res = np.random.default_rng(seed),sorted(set(labels)),list(labels)
     for i in rng.permutation(len(labels))[:round(p*len(labels))]: res[i] = vocab[rng.integers(len(vocab))]
     return res

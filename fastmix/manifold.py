@@ -68,7 +68,7 @@ class ManifoldMixUp(MixUp):
         **kwargs # For `MixUp`
     ):
         super().__init__(alpha, **kwargs)
-        self.layers = None if layers is None else [layers] if isinstance(layers, (str,nn.Module)) else list(layers)
+        self.layers = None if layers is None else list(layers) if is_listy(layers) else [layers]
 
     def before_fit(self):
         "Find the layers, and begin"

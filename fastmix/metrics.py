@@ -17,7 +17,7 @@ from .loss import *
 from .callback import *
 
 # %% auto #0
-__all__ = ['mixer_of', 'MixMetric', 'evaluating', 'CleanLoss', 'as_probs', 'CalibrationError', 'calibration_bins']
+__all__ = ['mixer_of', 'MixMetric', 'evaluating', 'CleanLoss', 'classes_of', 'as_probs', 'CalibrationError', 'calibration_bins']
 
 # %% ../nbs/06_metrics.ipynb #a473848f
 def mixer_of(
@@ -49,7 +49,7 @@ class MixMetric(Metric):
         return sum(v*w for v,w in values)/sum(self.weights) if values else self.metric.value
 
     @property
-    def name(self): return self.metric.name
+    def name(self): return f'mix_{self.metric.name}'
 
 # %% ../nbs/06_metrics.ipynb #0e035ba2
 class _Seen(GetAttr):
@@ -118,6 +118,15 @@ class CleanLoss(Metric):
     def name(self): return 'clean_loss'
 
 # %% ../nbs/06_metrics.ipynb #224b09fa
+def classes_of(
+    probs:Tensor, # (bs, c, ...) Probabilities
+    targs:Tensor, # (bs, ...), or (bs, 1) as of a table
+) -> Tensor: # (bs, ...), int64
+    "`targs`, if they are a class for each prediction, or a `ValueError`"
+    if targs.shape==(len(probs),1) and probs.ndim==2: targs = targs[:,0]
+    if not targs.is_floating_point() and probs.ndim>1 and targs.shape==probs.shape[:1]+probs.shape[2:]: return targs.long()
+    raise ValueError(f'Calibration needs one class for each sample, but predictions have the shape {tuple(probs.shape)} and targets {tuple(targs.shape)}, {targs.dtype}')
+
 def as_probs(
     loss_func, # Loss of a `Learner`
     pred:Tensor, # (bs, c, ...) What the model gives
@@ -136,20 +145,22 @@ class CalibrationError(AccumMetric):
         def error(probs, targs): return multiclass_calibration_error(probs, targs, num_classes=probs.shape[1], n_bins=n_bins, norm=norm)
         super().__init__(error, flatten=False, name='calibration_error')
 
-    def accumulate(self, learn): self.accum_values(as_probs(learn.loss_func, learn.pred), learn.y, learn)
+    def accumulate(self, learn):
+        probs = as_probs(learn.loss_func, learn.pred)
+        self.accum_values(probs, classes_of(probs, learn.y), learn)
 
 # %% ../nbs/06_metrics.ipynb #f03cb2c7
 def calibration_bins(
-    probs:Tensor, # (n, c) Probabilities
-    targs:Tensor, # (n,) Classes
+    probs:Tensor, # (n, c, ...) Probabilities
+    targs:Tensor, # (n, ...) Classes
     n_bins:int=15, # Bins of equal width
 ) -> tuple: # Mean confidence, accuracy, and share of the samples: (n_bins,) each; nan where a bin is empty
     "Sort predictions into bins by their confidence"
-    conf,pred = plain(probs).double().max(1)
+    conf,pred = [o.flatten() for o in plain(probs).double().max(1)]
     at = (conf*n_bins).long().clamp_max(n_bins-1)
     def total(o): return torch.bincount(at, o.double(), n_bins)
     n = total(torch.ones_like(conf))
-    return total(conf)/n,total(pred==plain(targs))/n,n/len(conf)
+    return total(conf)/n,total(pred==plain(targs).flatten())/n,n/len(conf)
 
 @patch
 def plot_calibration(self:Learner,
@@ -162,9 +173,7 @@ def plot_calibration(self:Learner,
     "Draw a reliability diagram: accuracy over confidence, and how often each confidence occurs; the title has the expected calibration error"
     with self.no_bar(): probs,targs = self.get_preds(ds_idx, dl)
     if not hasattr(self.loss_func, 'activation'): probs = as_probs(self.loss_func, probs)
-    if probs.ndim!=2 or targs.shape!=probs.shape[:1] or targs.is_floating_point(): raise ValueError(
-        f'plot_calibration needs one class for each sample, but predictions have the shape {tuple(probs.shape)} and targets {tuple(targs.shape)}, {targs.dtype}')
-    conf,acc,share = calibration_bins(probs, targs, n_bins)
+    conf,acc,share = calibration_bins(probs, classes_of(probs, targs), n_bins)
     ax,left = ax or plt.subplots(**kwargs)[1],torch.arange(n_bins)/n_bins
     ax.bar(left, share, 1/n_bins, align='edge', color='.8', label='share of predictions')
     ax.plot([0,1], [0,1], 'k:', lw=1)

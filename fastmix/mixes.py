@@ -7,7 +7,7 @@ Docs: https://fastmix.github.io/fastmix/mixes.html.md"""
 # %% ../nbs/01_mixes.ipynb #abe4b43a
 from __future__ import annotations
 
-import math, numbers, pickle
+import inspect, math, numbers, pickle
 from functools import partial
 
 import numpy as np, torch
@@ -17,8 +17,8 @@ from fastcore.basics import first
 from .core import *
 
 # %% auto #0
-__all__ = ['check_partners', 'Mix', 'BetaMix', 'Blend', 'picture_size', 'check_sides', 'Cut', 'SaliencyCut', 'ResizeCut',
-           'FourierCut', 'GridCut', 'check_weights', 'Choice', 'check_share', 'Sometimes']
+__all__ = ['check_partners', 'check_takes', 'Mix', 'BetaMix', 'Blend', 'picture_size', 'check_sides', 'Cut', 'SaliencyCut',
+           'ResizeCut', 'FourierCut', 'GridCut', 'check_weights', 'Choice', 'check_share', 'Sometimes']
 
 # %% ../nbs/01_mixes.ipynb #18bffe8b
 class _Ahead:
@@ -58,11 +58,23 @@ def check_partners(
     n:int, # Samples to be partners
 ) -> Tensor: # (bs,), int64
     "`idx` if it holds a position for each sample, else a `ValueError`"
-    idx = torch.as_tensor(idx).detach().cpu()
+    try: idx = torch.as_tensor(idx).detach().cpu()
+    except (TypeError,ValueError,RuntimeError) as e: raise ValueError(f'partners must give each of the {bs} samples a position, but gave a {type(idx).__name__}') from e
     whole = not (idx.is_floating_point() or idx.is_complex() or idx.dtype==torch.bool)
     if whole and idx.shape==(bs,) and (not bs or 0<=idx.min()<=idx.max()<n): return idx.long()
     raise ValueError(f'partners must give each of the {bs} samples a position, a whole number from 0 to {n-1}, but gave {idx.dtype}, '
         f'shape {tuple(idx.shape)}' + (f', from {idx.min()} to {idx.max()}' if idx.numel() else ''))
+
+# %% ../nbs/01_mixes.ipynb #6c41d001
+def check_takes(
+    name:str, # Of the argument
+    f:callable, # Its value
+    *args, # Names of what it is called with
+):
+    "A `TypeError` if `f` does not take `args`"
+    try: inspect.signature(f).bind(*args)
+    except ValueError: pass   # it has no signature to look at
+    except TypeError as e: raise TypeError(f'{name} is called as {name}({", ".join(args)}), but {getattr(f, "__name__", f)} does not take these: {e}') from e
 
 # %% ../nbs/01_mixes.ipynb #43f06745
 class Mix:
@@ -71,7 +83,8 @@ class Mix:
     def __init__(self,
         per_batch:bool=False, # One λ for the whole batch, as in the paper's own code, instead of one per sample?
     ):
-        self.per_batch,self.schedules = per_batch,None
+        if not isinstance(per_batch, (bool,np.bool_)): raise TypeError(f'per_batch must be True or False, but it is {per_batch!r}: give all arguments but the first by name')
+        self.per_batch,self.schedules = bool(per_batch),None
         self.reseed()
 
     def schedule(self,
@@ -106,6 +119,7 @@ class Mix:
 
     def draw(self,
         x:Tensor, # (n, ...) The input to mix; of several the one of highest rank
+        *,
         per_batch:bool=False, # One λ for this batch, whatever `self.per_batch` says?
         partners:callable=None, # Function of a random stream: (bs,), the positions of the partners; a shuffle by default
         bs:int=None, # How many of `x` to mix, the first ones; all by default. The rest are partners only
@@ -220,8 +234,8 @@ class SaliencyCut(BetaMix):
 
     def mixture(self, lam, idx, x): return Plan(lam, idx)
 
-    def draw(self, x, per_batch=False, partners=None, bs=None):
-        plan,size = super().draw(x, per_batch, partners, bs),picture_size(x)
+    def draw(self, x, *, per_batch=False, **kwargs):
+        plan,size = super().draw(x, per_batch=per_batch, **kwargs),picture_size(x)
         if not self.alpha or not len(x): return plan
         found,whole = self.saliency(x),per_batch or self.per_batch
         if found.ndim!=x.ndim-1 or len(found)!=len(x): raise ValueError(
@@ -305,6 +319,8 @@ class Choice(Mix):
         per_batch:bool=True, # One of them for the whole batch, instead of one for each sample?
     ):
         if not mixes: raise ValueError('mixes must hold at least one mix to choose, but it is empty')
+        if isinstance(p, numbers.Real) or callable(p): raise TypeError(
+            f'p must hold a weight for each of the {len(mixes)} mixes, but it is {p!r}. To leave a share alone, add a mix that does, `None` in OneOf, `Mix()` in Choice')
         self.mixes,p = mixes,[1.]*len(mixes) if p is None else list(p)
         super().__init__(per_batch)
         self.schedule('p', partial(_each_at, p) if any(map(callable, p)) else p, partial(check_weights, n=len(mixes)))
@@ -320,10 +336,10 @@ class Choice(Mix):
         res = {f'p{i}':o for i,o in enumerate(super().at(pct).get('p', []))}
         return res | {f'{name}{i}':o for i,m in enumerate(self.mixes) for name,o in m.at(pct).items()}
 
-    def draw(self, x, per_batch=False, partners=None, bs=None):
+    def draw(self, x, *, per_batch=False, partners=None, bs=None):
         bs = len(x) if bs is None else bs
         which = self.rng.choice(len(self.mixes), 1 if per_batch or self.per_batch else bs, p=self.p)
-        plans = {i: self.mixes[i].draw(x, per_batch, partners, bs) for i in np.unique(which)}
+        plans = {i: self.mixes[i].draw(x, per_batch=per_batch, partners=partners, bs=bs) for i in np.unique(which)}
         if len(plans)==1: return first(plans.values())
         rows = {i: torch.from_numpy(np.flatnonzero(which==i)).to(x.device, non_blocking=True) for i in plans}
         return join_plans([(rows[i], plan.take(rows[i])) for i,plan in plans.items()])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from textwrap import fill
 
+from fastai.tabular.core import TabDataLoader, display_df
 from fastai.vision.all import *
 from torch.distributions import Beta
 
@@ -18,7 +19,7 @@ from .codes import is_code
 from .callback import *
 
 # %% auto #0
-__all__ = ['mix_caption', 'decode_mix', 'show_mixed_target', 'outline', 'lay_over', 'parts']
+__all__ = ['mix_caption', 'decode_rows', 'decode_mix', 'show_mixed_target', 'outline', 'mix_table', 'lay_over', 'parts']
 
 # %% ../nbs/05_show.ipynb #9b5f42da
 def mix_caption(
@@ -28,11 +29,21 @@ def mix_caption(
     "The targets with their shares; for numbers the blend too"
     if isinstance(ys[0], TensorMask): return f'{shares[0]:.2f} own mask + {1-shares[0]:.2f} partner' + 's'*(len(ys)>2)
     ys = [o.item() if isinstance(o, Tensor) and not o.ndim else o for o in ys]
-    def words(o): return f'× {o:.3g}' if isinstance(o, float) else ' & '.join(map(str, o)) or '-' if is_listy(o) else f'({o})' if isinstance(o, dict) else str(o)
+    def words(o): return f'× {o:.3g}' if isinstance(o, float) else ' & '.join(map(str, o)) or '(none)' if is_listy(o) else f'({o})' if isinstance(o, dict) else str(o)
     res = ' + '.join(f'{w:.2f} {words(y)}' for w,y in zip(shares, ys) if w)
     return f'{res} = {sum(w*y for w,y in zip(shares, ys)):.3g}' if isinstance(ys[0], float) else res
 
 # %% ../nbs/05_show.ipynb #18c7044a
+def decode_rows(
+    dls:DataLoaders, # How items are decoded
+    b:tuple, # Batch
+    max_n:int=9, # Decode so many samples at most
+) -> list: # Items; of a table, each input is the whole row, a dict
+    "The samples of a batch in the words of the data"
+    if not isinstance(dls.train, TabDataLoader): return dls.train.decode_batch(b, max_n=max_n, full=False)
+    rows = dls.train.decode(tuple(o[:max_n] for o in b)).decode()
+    return [(row,)*dls.n_inp + tuple(row[o] for o in rows.y_names) for row in rows.items.to_dict('records')]
+
 def decode_mix(
     dls:DataLoaders, # How items are decoded
     plan:Plan, # How the targets were mixed
@@ -43,7 +54,7 @@ def decode_mix(
     "Items as a network is fed them, and their targets before they were mixed, in the words of the data"
     weighed = [plan.weighs(y) and not isinstance(y, TensorPoint) for y in yb]
     inputs = map_tensors(lambda o: o[:max_n], inputs)
-    def decode(ys): return dls.train.decode_batch((*inputs, *(y[:max_n] for y in ys)), max_n=max_n, full=False)
+    def decode(ys): return decode_rows(dls, (*inputs, *(y[:max_n] for y in ys)), max_n)
     items  = decode([plan.own(y) if w else plan.mix(y) for y,w in zip(yb, weighed)])
     others = [decode([y[j] for y in yb]) for j in plan.pairs.unbind(1)[1:]]
     return items,[list(zip(*(o[dls.n_inp:] for o in parts))) for parts in zip(items, *others)],weighed
@@ -66,6 +77,24 @@ def outline(
 ):
     "Draw a line along the border of `region`"
     if region.any() and not region.all(): ctx.contour(region.float().cpu(), levels=[.5], colors='w', linewidths=1)
+
+# %% ../nbs/05_show.ipynb #6c41d011
+def mix_table(
+    dls:DataLoaders, # Of a table
+    plan:Plan, # How it was mixed
+    xb:tuple, # Inputs, each (n, ...), before they were mixed
+    yb:tuple, # Targets; those of partners that have none are left out
+    max_n:int=9, # Rows at most
+) -> pd.DataFrame: # A row for each sample
+    "A batch of a table as a network is fed it"
+    pairs = plan.pairs[:max_n]
+    frames = [decode_rows(dls, (*(x[j] for x in xb), *(y[j if len(y)==len(xb[0]) else pairs[:,0]] for y in yb)), max_n) for j in pairs.unbind(1)]
+    numbers,shares = set(dls.train.cont_names),plan.shares.expand(plan.pairs.shape).tolist()
+    def cell(name, ws, values):
+        if name in numbers: return sum(w*v for w,v in zip(ws, values))
+        return values[0] if len(set(values))==1 else mix_caption(ws, values)
+    rows = [[row for row,*_ in parts] for parts in zip(*frames)]
+    return pd.DataFrame([{name: cell(name, ws, [row[name] for row in parts]) for name in parts[0]} for ws,parts in zip(shares, rows)])
 
 # %% ../nbs/05_show.ipynb #50401a7f
 def lay_over(
@@ -91,12 +120,15 @@ def show_mix(self:MixHandler,
     saliency:callable=None, # Lay this map of each partner over the picture, such as `spectral_residual`
 ):
     "Show a training batch as the network is fed it, each picture captioned with its targets and their shares"
+    if not hasattr(dls.train, 'decode_batch'): raise TypeError(
+        f'show_mix needs loaders of fastai, which know how to show their items, but this one is a {type(dls.train).__name__}: pictures can be logged instead, by LogMix')
     b = ifnone(b, dls.one_batch())
     nest,yb = b[:dls.n_inp],b[dls.n_inp:]
     plan,target_plan,xb,yb = self.draw(tuple(tensors_in(nest)), yb)
     mixed = iter([plan.own(x) if is_code(x) and plan.weighs(x) else plan.mix(x) for x in xb])   # categories have no picture of a mixture
     inputs = map_tensors(lambda _: next(mixed), tuple(nest))
     items,targets,weighed = decode_mix(dls, target_plan, inputs, yb, max_n)
+    if isinstance(dls.train, TabDataLoader): return display_df(mix_table(dls, plan, xb, yb, max_n))
     pictures = [i for i in range(dls.n_inp) if hasattr(items[0][i], 'show')]
     if not pictures: raise TypeError(f'show_mix shows pictures, but the input is a {type(items[0][0]).__name__}')
     regions = [None]*len(items) if plan.region is None else plan.region.expand(len(plan.pairs), *plan.size)
@@ -108,6 +140,7 @@ def show_mix(self:MixHandler,
         if found is not None: lay_over(found, ctx)
         if region is not None: outline(region, ctx)
         if any(captions): ctx.set_title('\n'.join(fill(o, 23) for o in captions if o))
+    if any(ax.get_title().count('\n') for ax in axs): axs[0].figure.tight_layout()
 
 # %% ../nbs/05_show.ipynb #4ff3a481
 @patch
@@ -117,6 +150,7 @@ def show_mix(self:DataLoaders,
     **kwargs
 ):
     "Show a training batch as `mixer` will feed it to a network"
+    if not isinstance(mixer, MixHandler): raise TypeError(f'mixer must be one of fastmix, such as MixUp(.4), imported after fastai, but it is a {type(mixer).__module__}.{type(mixer).__name__}')
     mixer.show_mix(self, **kwargs)
 
 # %% ../nbs/05_show.ipynb #e494f5ec
@@ -130,11 +164,8 @@ def show_mix(self:Learner,
     saliency:callable=None, # Lay this map of each partner over the picture, such as `spectral_residual`
 ):
     "Show a training batch as this learner's mixer will feed it to the network"
-    mixers = self._grab_cbs(MixHandler)
-    if not mixers: raise ValueError(
-        'This learner has no mixer to show: give it one, as in learn.add_cb(MixUp(.4)), '
-        'or show a mixer without a learner, as in MixUp(.4).show_mix(dls)')
-    mixers[0].show_mix(self.dls, b, max_n, nrows, ncols, figsize, saliency)
+    if isinstance(b, Callback): raise TypeError(f'learn.show_mix shows the mixer that learn has: see another one by dls.show_mix({b!r}(...))')
+    find_mixer(self).show_mix(self.dls, b, max_n, nrows, ncols, figsize, saliency)
 
 # %% ../nbs/05_show.ipynb #dde294ec
 def parts(

@@ -44,6 +44,7 @@ def _as_read(dls, inputs, yb):
 
 def _value(y, vocab):
     if y.numel()>9: return f'target of shape {tuple(y.shape)}'
+    if y.numel()==1: y = y.view(())   # tables have (n, 1)
     named = vocab is not None and not y.ndim and not y.is_floating_point() and 0<=y<len(vocab)
     return vocab[int(y)] if named else y.tolist()
 
@@ -51,7 +52,7 @@ def _value(y, vocab):
 def _captions(dls, plan, inputs, yb, max_n, vocab):
     "For each sample the targets that are weighed, with their shares; its own, where it was left alone"
     try: _,targets,weighed = decode_mix(dls, plan, inputs, yb, max_n)
-    except Exception:   # loaders that are not fastai's, tables, or a label that has no name, such as -100: none may end a training
+    except Exception:   # loaders that are not fastai's, or a label that has no name, such as -100: none may end a training
         weighed = list(map(plan.weighs, yb))
         targets = [[tuple(_value(y[j], vocab) for j in row) for y in yb] for row in plan.pairs[:max_n].tolist()]
     shares = plan.shares.expand(plan.pairs.shape).tolist()
@@ -94,7 +95,7 @@ def write_tensorboard(
 ):
     "Write pictures, captions as a table, λ as a histogram and numbers as curves, under mix/"
     for name,o in report.grids.items(): writer.add_image(f'mix/{name}', o, step)
-    rows = ['| picture | targets, by their shares |','|---|---|'] + [f'| {i} | {o} |' for i,o in enumerate(report.captions, 1)]
+    rows = [f'| {"picture" if report.grids else "sample"} | targets, by their shares |','|---|---|'] + [f'| {i} | {o} |' for i,o in enumerate(report.captions, 1)]
     if report.captions: writer.add_text('mix/targets', '\n'.join(rows), step)
     if report.lam is not None: writer.add_histogram('mix/lam', report.lam, step)
     for name,o in report.values.items(): writer.add_scalar(f'mix/{name}', o, step)
@@ -176,9 +177,7 @@ class LogMix(Callback):
         "Find the mixer, and open a writer if no other callback has one"
         self.on,self.record.lams = not hasattr(self.learn, 'lr_finder') and rank_distrib()==0,[]
         if not self.on: return
-        self.mixer = first(cb for cb in self.learn.cbs if isinstance(cb, MixHandler))
-        if not self.mixer: raise ValueError('LogMix has no mixer to report of: give the learner one, as in cbs=[MixUp(.4), LogMix()], '
-            'with fastmix imported after fastai, whose own MixUp has the same name')
+        self.mixer = find_mixer(self.learn)
         if not self.writers(): self.own = open_writer(self.log_dir)
 
     def after_loss(self):

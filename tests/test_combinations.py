@@ -4,6 +4,7 @@ from copy import deepcopy
 from functools import partial
 import numpy as np, pytest, torch
 from fastai.callback.core import Callback
+from fastai.callback.mixup import MixUp as FastaiMixUp
 from fastai.callback.schedule import SchedCos, SchedLin, SchedNo, combine_scheds
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
@@ -221,3 +222,14 @@ def test_nested_choices_have_a_region():
     cut = (plan.mix(x+2*torch.arange(64)[:,None,None,None]).long()//2 != torch.arange(64)[:,None,None,None])[:,0]
     own = plan.idx==torch.arange(64)
     assert cut.any() and plan.region[~own].equal(cut[~own])
+
+@pytest.mark.parametrize('make,error,what', [
+    (lambda: OneOf(MixUp(partners=same_class), CutMix()), ValueError, 'MixUp has partners=.*give it to OneOf'), (lambda: OneOf(MixUp(y_int=False)), ValueError, 'has y_int=False'),
+    (lambda: OneOf(MixUp(soft=True)), ValueError, 'has soft=True'), (lambda: OneOf(ManifoldMixUp(), None), ValueError, 'behind hidden layers'),
+    (lambda: OneOf([MixUp(), CutMix()]), TypeError, 'one by one.* is a list'), (lambda: OneOf(MixUp, CutMix), TypeError, 'is a type'), (lambda: OneOf(Blend(.4)), TypeError, 'is a Blend'),
+    (lambda: OneOf(FastaiMixUp(.4)), TypeError, 'import fastmix after fastai'), (lambda: OneOf(), ValueError, 'but got none'),
+    (lambda: OneOf(MixUp(), CutMix(), p=.5), TypeError, 'a weight for each of the 2 mixes'), (lambda: MixUp(.4, 3), TypeError, 'per_batch must be True or False, but it is 3'),
+    (lambda: MixUp(partners=lambda x: x), TypeError, 'called as partners.xb, yb, rng.'), (lambda: MixUp(partners='same_class'), TypeError, 'it is a str'),
+    (lambda: MixUp(partners=lambda *_: None).mix.draw(torch.rand(4, 2), partners=lambda rng: None), ValueError, 'gave a NoneType')])
+def test_each_mistake_has_its_sentence(make, error, what):
+    with pytest.raises(error, match=what): make()

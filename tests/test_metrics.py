@@ -1,9 +1,11 @@
 "Metrics of mixed training batches, the clean loss, and calibration, each against a reference of its own"
-import numpy as np, pytest, torch, torch.nn.functional as F
+import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.callback.rnn import RNNCallback
+from fastai.data.block import CategoryBlock
 from fastai.losses import CrossEntropyLossFlat, MSELossFlat
 from fastai.metrics import F1Score, accuracy, foreground_acc, mse
+from fastai.tabular.all import Categorify, TabularDataLoaders, tabular_learner
 from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_clas_config
 from fastai.text.models.core import get_text_classifier
 from matplotlib import pyplot as plt
@@ -36,14 +38,14 @@ mixers = [MixUp(1.), MixUp(1., k=3), MixUp(1., per_batch=True), MixUp(1., p=.5),
 def test_mean_over_samples(mixer):
     "Accuracy of each target of each sample, counted by its share"
     got,batches,_ = train(class_dls(n=64, drop_last=False), [MixMetric(accuracy)], mixer)
-    if mixer is None: assert got['train_accuracy']==got['valid_accuracy']
-    else: assert got['train_accuracy']==pytest.approx(sum(w*(b['pred'][i].argmax()==y).item() for b in batches for i,w,y in each_target(b))/64, abs=1e-5)
+    if mixer is None: assert got['train_mix_accuracy']==got['valid_mix_accuracy']
+    else: assert got['train_mix_accuracy']==pytest.approx(sum(w*(b['pred'][i].argmax()==y).item() for b in batches for i,w,y in each_target(b))/64, abs=1e-5)
 
 def test_only_training_is_weighed():
     got,batches,learn = train(class_dls(), [MixMetric(accuracy)], MixUp(1.))
     preds,targs = learn.get_preds()
-    assert got['valid_accuracy']==pytest.approx(accuracy(preds, targs).item())
-    assert learn.validate()[1]==got['valid_accuracy']
+    assert got['valid_mix_accuracy']==pytest.approx(accuracy(preds, targs).item())
+    assert learn.validate()[1]==got['valid_mix_accuracy']
 
 def test_metrics_of_all_samples():
     "F1 of the samples' own targets and of their partners', by the mean of λ"
@@ -52,20 +54,20 @@ def test_metrics_of_all_samples():
     pred = torch.cat([b['pred'].argmax(1) for b in batches])
     lam = torch.cat([b['plan'].lam for b in batches]).mean().item()
     own,other = (f1_score(torch.cat(ys), pred, average='macro') for ys in zip(*((b['yb'][0],b['yb'][0][b['plan'].idx]) for b in batches)))
-    assert got['train_f1_score']==pytest.approx(lam*own + (1-lam)*other)
+    assert got['train_mix_f1_score']==pytest.approx(lam*own + (1-lam)*other)
 
 def test_blended_and_cut_targets_are_weighed_already():
     x,y = torch.randn(32, 6),torch.rand(32, 1)
     got,batches,learn = train(mk_dls([x], [y]), [MixMetric(mse)], MixUp(1.), nn.Linear(6, 1), MSELossFlat())
     want = [F.mse_loss(b['pred'], torch.lerp(b['yb'][0][b['plan'].idx], b['yb'][0], b['plan'].lam[:,None])).item() for b in batches]
-    assert got['train_mse']==pytest.approx(np.mean(want))
+    assert got['train_mix_mse']==pytest.approx(np.mean(want))
     x,y = torch.rand(16, 3, 6, 6),torch.randint(0, 3, (16,6,6))
     for mixer in CutMix(),MixUp(1.):
         got,batches,_ = train(mk_dls([x], [y]), [MixMetric(foreground_acc)], mixer, nn.Conv2d(3, 3, 1), CrossEntropyLossFlat(axis=1))
         def score(p, y): return foreground_acc(p[None], y[None], bkg_idx=0).item()
         if isinstance(mixer, MixUp): want = [sum(w*score(b['pred'][i], y) for i,w,y in each_target(b))/8 for b in batches]
         else: want = [foreground_acc(b['pred'], torch.where(b['plan'].region, b['yb'][0][b['plan'].idx], b['yb'][0])).item() for b in batches]
-        assert got['train_foreground_acc']==pytest.approx(np.mean(want), abs=1e-5)
+        assert got['train_mix_foreground_acc']==pytest.approx(np.mean(want), abs=1e-5)
 
 def test_targets_of_a_second_loader():
     dl = torch.utils.data.DataLoader(list(zip(torch.randn(8, 6), torch.arange(8)%4)), batch_size=8)
@@ -73,7 +75,7 @@ def test_targets_of_a_second_loader():
     ys = [torch.cat([b['yb'][0], torch.arange(8)%4]) for b in batches]
     for b,y in zip(batches, ys): b['yb'] = y,
     want = [sum(w*(b['pred'][i].argmax()==y).item() for i,w,y in each_target(b))/8 for b in batches]
-    assert got['train_accuracy']==pytest.approx(np.mean(want), abs=1e-5)
+    assert got['train_mix_accuracy']==pytest.approx(np.mean(want), abs=1e-5)
 
 class TwoHeads(nn.Module):
     def __init__(self):
@@ -88,7 +90,7 @@ def test_several_targets():
     loss = MultiLoss(nn.CrossEntropyLoss(), MSELossFlat(), weights=[1,2.])
     got,batches,learn = train(mk_dls([x], [kind,age]), [MixMetric(kind_accuracy)], MixUp(1.), TwoHeads(), loss)
     want = [sum(w*(b['pred'][0][i].argmax()==y).item() for i,w,y in each_target(b))/8 for b in batches]
-    assert got['train_kind_accuracy']==pytest.approx(np.mean(want), abs=1e-5)
+    assert got['train_mix_kind_accuracy']==pytest.approx(np.mean(want), abs=1e-5)
     preds,targs = learn.get_preds()
     assert preds[0].shape==(32,4) and targs[1].shape==(32,1)
 
@@ -184,3 +186,25 @@ def test_plot_calibration(loss_func):
 def test_what_has_no_reliability_diagram():
     learn = mk_learn(mk_dls([torch.randn(16, 6)], [torch.rand(16, 1)]), nn.Linear(6, 1), MSELossFlat())
     with pytest.raises(ValueError, match='one class for each sample'): learn.plot_calibration()
+
+# Tables
+
+def test_calibration_of_a_table(monkeypatch):
+    "Whose targets have the shape (n, 1), int8"
+    rng = np.random.default_rng(0)
+    df = pd.DataFrame(dict(a=rng.normal(size=200), b=rng.choice(['x','y'], 200), kind=rng.choice(['u','v'], 200)))
+    dls = TabularDataLoaders.from_df(df, procs=[Categorify], cat_names=['b'], cont_names=['a'], y_names='kind', y_block=CategoryBlock(), bs=32)
+    learn = tabular_learner(dls, [8], metrics=[CalibrationError()], cbs=MixUp(1.))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    with learn.no_bar(): probs,targs = learn.get_preds()
+    conf,acc,share = calibration_bins(probs, targs[:,0])
+    want = (share*(acc-conf).abs()).nansum().item()
+    assert learn.recorder.values[-1][-1]==pytest.approx(want, abs=1e-5)
+    assert learn.plot_calibration().get_title()==f'calibration error {100*want:.1f} %'
+    plt.close('all')
+
+@pytest.mark.parametrize('y', [torch.rand(32, 1), torch.rand(32, 4).round().long()], ids=['numbers','labels'])
+def test_calibration_of_no_classes_is_refused(y):
+    learn = mk_learn(mk_dls([torch.randn(32, 6)], [y]), loss_func=lambda p, y: p.square().mean(), metrics=[CalibrationError()])
+    with pytest.raises(ValueError, match='one class for each sample'): quiet_fit(learn)
+    with learn.no_bar(), pytest.raises(ValueError, match='one class for each sample'): learn.plot_calibration()
