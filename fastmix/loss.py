@@ -300,13 +300,13 @@ def lerp_loss(
 # %% ../nbs/02_loss.ipynb #982837bf
 class MixLoss:
     "`loss_func`, mixed for the targets that it is armed with; for all others, and in all else, `loss_func` itself"
-    _own = {'loss_func','force_y_int','soft','plan','mixed','pool','targets','used','called'}
+    _own = {'loss_func','force_y_int','soft','plan','mixed','pool','targets','used','called','tried'}
     def __init__(self,
         loss_func, # Loss, as a fastai `Learner` takes it
         y_int:bool=None, # Mix the losses (True) or the targets (False)? Else as `loss_func` and the target's type say
         soft:bool=False, # Hand `loss_func` probabilities, one-hot and mixed, instead of mixing its losses?
     ):
-        self.loss_func,self.force_y_int,self.soft = loss_func,y_int,soft
+        self.loss_func,self.force_y_int,self.soft,self.tried = loss_func,y_int,soft,False
         self.disarm()
 
     def disarm(self):
@@ -370,8 +370,8 @@ def expect(self:MixLoss, yb) -> bool:
 # %% ../nbs/02_loss.ipynb #50a4a8b2
 @patch
 def armed_for(self:MixLoss, yb) -> bool:
-    "Are the losses to be mixed for `yb`, the same memory that the loss was armed with?"
-    return any(self.mixed) and len(yb)==len(self.targets) and all(map(_same, yb, self.targets))
+    "Are `yb` the same memory that the loss was armed with?"
+    return self.plan is not None and len(yb)==len(self.targets) and all(map(_same, yb, self.targets))
 
 # %% ../nbs/02_loss.ipynb #286efa2b
 def made_of(
@@ -382,6 +382,18 @@ def made_of(
     if not (isinstance(y, Tensor) and isinstance(c, Tensor)): return False
     if y.untyped_storage().data_ptr()==c.untyped_storage().data_ptr(): return True
     return y.numel()==c.numel() and torch.allclose(y.float().flatten(), c.float().flatten().to(y.device), rtol=.01, atol=.01)
+
+# %% ../nbs/02_loss.ipynb #6c41d051
+@patch
+def try_fractions(self:MixLoss, loss_func, pred, yb):
+    "An error if `loss_func` tells targets apart, but not the blended `yb` from their whole parts"
+    if known(self.loss_func) or torch.compiler.is_compiling() or not all(y.is_floating_point() for y in yb): return
+    whole = [y.trunc() for y in yb]
+    if all(map(torch.equal, yb, whole)): return
+    self.tried = True
+    with torch.no_grad(): a,b,c = (loss_func(pred, *ys) for ys in (yb, whole, [y.roll(1, 0) for y in whole]))
+    if isinstance(a, Tensor) and torch.equal(a, b) and not torch.equal(b, c): raise ValueError(
+        f'{self.loss_func} sees only the whole part of its targets, so that blended ones are other classes to it: give it integers, or mix its losses, y_int=True')
 
 # %% ../nbs/02_loss.ipynb #97733f6f
 @patch
@@ -398,8 +410,10 @@ def __call__(self:MixLoss,
         try: return self(pred, *self.arm(plan, yb), **kwargs)
         finally: self.disarm()
     loss_func = partial(self.loss_func, **kwargs) if kwargs else self.loss_func
-    if not self.armed_for(yb):
+    armed = self.armed_for(yb)
+    if not (armed and any(self.mixed)):
         if self.plan is not None: self.called += yb
+        if armed and not self.tried: self.try_fractions(loss_func, pred, yb)
         return loss_func(pred, *yb)
     for name,o in kwargs.items():
         if name not in ('weight','pos_weight') and isinstance(o, Tensor) and o.ndim and len(o)==len(yb[0]): raise ValueError(

@@ -16,7 +16,7 @@ from .mixes import *
 from .callback import *
 
 # %% auto #0
-__all__ = ['stages', 'find_layers', 'ManifoldMixUp']
+__all__ = ['stages', 'find_layers', 'ManifoldMixUp', 'not_mixable']
 
 # %% ../nbs/08_manifold.ipynb #c61794c2
 def _composite(m): return [name for name,child in m.named_children() if len(list(child.children()))]
@@ -103,6 +103,16 @@ class ManifoldMixUp(MixUp):
             f'The model did not reach its layer {self.layer}, so that this batch was not mixed: name other layers'))
         super().after_pred()
 
+# %% ../nbs/08_manifold.ipynb #6c41d041
+def not_mixable(
+    module:nn.Module, # A layer
+    h, # What it gives
+) -> str: # None if there is nothing to say
+    "Why `h` can not be mixed"
+    if not isinstance(h, Tensor): return f'gives a {type(h).__name__} instead of a tensor'
+    times_first = any(getattr(m, 'batch_first', True) is False for m in module.modules())
+    if times_first and h.ndim>2 and len(h)==h.shape[1]: return 'gives as many times as samples, and is not batch_first'
+
 # %% ../nbs/08_manifold.ipynb #2d6504b3
 @patch
 def hook(self:ManifoldMixUp,
@@ -122,10 +132,10 @@ def hook(self:ManifoldMixUp,
         if torch._C._current_graph_task_id()>=0: return plan.mix(h)   # in a backward pass
         if not self.mine: return
         reached.append(layer)
-        if isinstance(h, Tensor) and len(reached)==1: return plan.mix(h)
+        fault = 'is called more than once for a batch' if len(reached)>1 else not_mixable(module, h)
+        if not fault: return plan.mix(h)
         self.unhook()
-        raise TypeError(f'The layer {layer} is called more than once for a batch, so that there is no telling what to mix: name other layers' if len(reached)>1 else
-            f'The layer {layer} gives a {type(h).__name__}, but only a tensor can be mixed: name other layers')
+        raise TypeError(f'The layer {layer} {fault}, so that there is no telling what to mix: name other layers')
     model = self.learn.model
     self.hooks = [module.register_forward_hook(BatchHook(mixed)), model.register_forward_hook(BatchHook(left))]
     self.hooks += [model.register_forward_pre_hook(BatchHook(entered))]

@@ -496,3 +496,18 @@ def test_targets_in_another_layout_are_others():
     model = nn.Sequential(nn.Linear(6, C*8), nn.Unflatten(1, (C,8)))
     learn = mk_learn(mk_dls([torch.randn(32, 6)], [y]), model, nn.CrossEntropyLoss(), cbs=[MixUp(1.), Transposes()])
     with pytest.raises(RuntimeError, match='changed the targets'): quiet_fit(learn)
+
+def classes_as_floats(p, y, reduction='mean'): return F.cross_entropy(p, y.long(), reduction=reduction)
+def no_target(p, y, reduction='mean'): return getattr(p.square().mean(1), reduction)() if reduction!='none' else p.square().mean(1)
+def squares(p, y, reduction='mean'): return F.mse_loss(p[:,0], y, reduction=reduction)
+
+def test_classes_that_come_as_floats():
+    "A loss that makes integers of them would take a blend of 1 and 3 for 2"
+    dls = mk_dls([torch.randn(32, 6)], [torch.randint(0, C, (32,)).float()])
+    with pytest.raises(ValueError, match='sees only the whole part of its targets'): fit(classes_as_floats, dls)
+    for b in fit(classes_as_floats, dls, cb=MixUp(1., y_int=True)): close(b['loss'], mean_of(ce(), b['plan'], b['pred'].detach(), b['yb'][0].long()))
+    fit(no_target, dls)
+    fit(classes_as_floats, dls, cb=MixUp(0))
+    for b in fit(squares, dls):
+        lam,y = b['plan'].lam,b['yb'][0]
+        close(b['loss'], F.mse_loss(b['pred'].detach()[:,0], lam*y + (1-lam)*y[b['plan'].idx]))

@@ -229,3 +229,15 @@ def test_predictions_in_the_middle_of_a_batch_are_not_mixed(event):
     setattr(Predicts, event, predict)
     learn = mk_learn(class_dls(), net(), cbs=[Predicts(), ManifoldMixUp(1., layers='1')])
     with learn.no_bar(): quiet_fit(learn)
+
+@pytest.mark.parametrize('batch_first', [True,False])
+def test_times_in_front_are_not_taken_for_samples(batch_first):
+    "With as many times as samples nothing else would tell"
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.t,self.out = nn.TransformerEncoderLayer(4, 1, 8, batch_first=batch_first),nn.Linear(4, 4)
+        def forward(self, x): return self.out(self.t(x if batch_first else x.transpose(0, 1)).mean(1 if batch_first else 0))
+    learn = mk_learn(mk_dls([torch.randn(32, 8, 4)], [torch.arange(32)%4]), Net(), cbs=ManifoldMixUp(layers='t'))
+    if batch_first: return quiet_fit(learn)
+    with pytest.raises(TypeError, match='is not batch_first'): quiet_fit(learn)
