@@ -78,8 +78,8 @@ class MixHandler(Callback):
         self.check_targets()
 
     def after_loss(self):
-        "Check that a mixed batch had its loss mixed, and once more that nothing was put back"
-        self.check_replaced()
+        "Check that a mixed batch had its loss mixed, and that the loss was not called with targets that were put back"
+        if self.batch and not self.mix_loss.used: self.check_replaced()
         if self.batch and len(self.learn.yb) and self.mix_loss.pending: raise self.refused(RuntimeError(
             f'{self!r} mixed this batch, but its loss was not mixed: another callback has replaced the loss or the targets '
             'after `before_batch`. Have it do so earlier, or train without one of the two.'))
@@ -88,6 +88,8 @@ class MixHandler(Callback):
         "Take hooks off the model, and disarm the loss"
         self.unhook()
         if self.mix_loss: self.mix_loss.disarm()
+
+    after_cancel_batch = after_batch
 
     def after_train(self):
         "Put the learner's own loss back"
@@ -101,6 +103,8 @@ class MixHandler(Callback):
         self.record_schedules()
 
 # %% ../nbs/03_callback.ipynb #0e3e97e5
+def _others(was, now): return [None if a is None or _same(a, b) else a for a,b in zip(was, tensors_in(now))]
+
 @patch
 def mix_batch(self:MixHandler):
     "Draw a `Plan`, mix `xb` by it, and arm the loss with it"
@@ -111,8 +115,8 @@ def mix_batch(self:MixHandler):
     self.plan,target_plan,xs,ys = self.draw(tuple(tensors_in(xb)), yb)
     fed = iter(self.feed(xs))
     self.learn.xb,self.learn.yb = map_tensors(lambda _: next(fed), xb),self.mix_loss.arm(target_plan, ys)
-    own = tensors_in(xb) + [y for y,m in zip(yb, self.mix_loss.mixed) if not m]
-    self.replaced = [o for o in own if not self.has(o)]
+    blended = [None if m else y for y,m in zip(yb, self.mix_loss.mixed)]
+    self.replaced = _others(tensors_in(xb), self.learn.xb),_others(blended, self.learn.yb)
     self.batch,self.drawn,self.weighed = (xb,yb),(target_plan,xs,ys),(target_plan,self.mix_loss.pool,self.mix_loss.mixed)
 
 @patch
@@ -125,17 +129,12 @@ def alone(self:MixHandler):
         'as in cbs=OneOf(MixUp(.4), CutMix(1.)), or remove one with learn.remove_cb')
 
 # %% ../nbs/03_callback.ipynb #2f7ae002
-@patch
-def has(self:MixHandler,
-    o:Tensor, # An input or target, as it was before it was mixed
-) -> bool:
-    "Is `o` in the learner's batch?"
-    return any(_same(o, now) for now in tensors_in((self.learn.xb,self.learn.yb)))
+def _is_back(was, now): return any(a is not None and _same(a, b) for a,b in zip(was, tensors_in(now)))
 
 @patch
 def check_replaced(self:MixHandler):
     "An error if another callback has put back inputs or targets that were mixed"
-    if any(map(self.has, self.replaced)): raise self.refused(RuntimeError(
+    if any(map(_is_back, self.replaced, (self.learn.xb,self.learn.yb))): raise self.refused(RuntimeError(
         f'Another callback has put back what {self!r} had mixed, so that inputs and targets no longer belong together: have it do so after the batch'))
 
 @patch

@@ -25,6 +25,8 @@ def is_code(
     return not is_number(x) and x.dtype!=torch.bool
 
 # %% ../nbs/02a_codes.ipynb #2aa30e8e
+def _version(o): return None if o.is_inference() else o._version
+
 class Codes(Tensor):
     "Integers that stand for mixtures: what is looked up by them is looked up for each part, and mixed"
     parts,shares,real,log = (),(),(),None   # `log` gets the name of each function that looks something up, and an exception where it fails
@@ -39,11 +41,11 @@ class Codes(Tensor):
             return f(*args, **kwargs)
         def each(what='parts'): return [run(lambda o: getattr(o, what)[i]) for i in range(len(codes.parts))]
         with torch._C.DisableTorchFunctionSubclass():
-            versions = [o._version for o in tensors]
+            versions = list(map(_version, tensors))
             try: res = run(plain)
             except RuntimeError as e: raise TypeError(f'{_name(f)} does not take the input of shape {tuple(codes.shape)}, {codes.dtype}: {_way_out}') from e
-            written = [o for o,version in zip(tensors, versions) if o._version!=version]
-            if any(o is not codes for o in written) and not _looks_up(f, args): return _lost(codes, f, 'which writes into another tensor', res)
+            written = [o for o,version in zip(tensors, versions) if _version(o)!=version and not _looks_up(f, args)]
+            if any(o is not codes for o in written): return _lost(codes, f, 'which writes into another tensor', res)
             if written: each()
             if f in _leave and any(not np.array_equal(o, res) for o in each()): return _lost(codes, f, 'which takes numbers out of it', res)
             i = count()
@@ -72,6 +74,7 @@ _leave = {Tensor.tolist, Tensor.item, Tensor.numpy, Tensor.__array__, Tensor.__i
     Tensor.equal, torch.equal, Tensor.allclose, torch.allclose, Tensor.is_nonzero, torch.is_nonzero}
 _made_of_each = set('''abs add and bitwise_and bitwise_or bitwise_xor clamp clamp_max clamp_min clip clone contiguous cpu cuda empty_like floor_divide floordiv
     full_like int long masked_fill maximum minimum mod mul ones_like or radd remainder rmod rmul rsub short sub to type where xor zeros_like'''.split())
+_of_nobody = {'max', 'min', 'amax', 'amin', 'aminmax', 'randint_like', 'random_', 'bernoulli'}   # by the first ones models check their input
 _moving = {Tensor.__getitem__, Tensor.index_select, torch.index_select, Tensor.flip, torch.flip, Tensor.roll, torch.roll,
     torch.cat, torch.concat, torch.stack, torch.hstack, torch.column_stack}
 
@@ -109,7 +112,7 @@ def _integers(codes, res, each, f, nest):
     def laid_out(o): return torch.empty_like(res, dtype=o.dtype).copy_(o)
     if codes.shares and _moves(f, nest[0], **nest[1]): told = map(each, ('parts','shares','real'))
     elif codes.shares and made and res.shape==codes.shape: told = each(),*(list(map(laid_out, o)) for o in (codes.shares,codes.real))
-    else: told = each(),(),()
+    else: told = () if _name(f) in _of_nobody else each(),(),()
     return as_codes(res, *told, codes.log)
 
 # %% ../nbs/02a_codes.ipynb #c36ddcfb

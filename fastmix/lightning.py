@@ -187,6 +187,7 @@ def as_loaded(self:Mixing,
     batch, # As a second loader gives it
 ): # Its inputs and targets in a row, after the same hooks as a training batch
     "What the module, or the data module, does to each batch on its way, done to `batch`"
+    batch = trainer.lightning_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
     batch = trainer.strategy.batch_to_device(batch)
     return sum(self.keys.take(batch), ()) if isinstance(batch, Mapping) else batch
 
@@ -202,22 +203,20 @@ def check(self:Mixing,
     if loss.pending: raise RuntimeError(
         f'{self.mixer!r} mixed this batch, but its loss was not mixed, since training_step has not called self.{self.loss} with the targets as they are '
         'in the batch: have it do so, or name the loss that it does call, as in Mixing(MixUp(.4), loss="criterion"); a function becomes an attribute by self.criterion = F.cross_entropy')
-    self.check_other_calls(loss, self.mixer.learn)
+    self.check_other_calls()
 
 @patch
-def check_other_calls(self:Mixing,
-    loss:MixLoss, # With what it was `called` with, besides the targets that it mixes
-    learn:StandIn, # With the batch, mixed
-):
+def check_other_calls(self:Mixing):
     "An error if the loss was called with parts of the batch that it was not mixed for; a warning if with something else"
-    def told(o, called=loss.called): return any(made_of(c, o) for c in called)
-    classes = [c for c in loss.called if isinstance(c, torch.Tensor) and not c.is_floating_point()]
-    if any(told(x, classes) for x in tensors_in(learn.xb)): raise ValueError(
+    loss,learn = self.mixer.mix_loss,self.mixer.learn
+    called = [c for c in loss.called if isinstance(c, torch.Tensor)]
+    pixels = [x for x in tensors_in(learn.xb) if x.dtype==torch.uint8]
+    if any(made_of(c, x) for x in pixels for c in called if not c.is_floating_point()): raise ValueError(
         f'training_step calls self.{self.loss} with integers that {self.mixer!r} has taken for an input, and averaged: say where the targets are, as in Mixing(MixUp(.4), y=1)')
-    if any(m and told(y) for y,m in zip(learn.yb, loss.mixed)): raise RuntimeError(
-        f'training_step calls self.{self.loss} more than once, and only where it is given the targets as they are in the batch, it was mixed, but not for a part or a copy of them: '
+    if any(part_of(c, y) for y,m in zip(learn.yb, loss.mixed) if m for c in called): raise RuntimeError(
+        f'training_step calls self.{self.loss} more than once, and only where it is given the targets as they are in the batch, it was mixed, but not for a part of them: '
         f'have one loss do all of it, as in self.{self.loss}((pred,other_pred), y), and make the part in there')
-    if loss.called and (any(loss.mixed) or not all(map(told, learn.yb))): warn(f'training_step calls self.{self.loss} with other targets '
+    if loss.called and (any(loss.mixed) or not all(any(made_of(c, y) for c in loss.called) for y in learn.yb)): warn(f'training_step calls self.{self.loss} with other targets '
         f'than those that {self.mixer!r} has mixed. If they are in the batch, say where, as in Mixing(MixUp(.4), y="target")')
 
 # %% ../nbs/12_lightning.ipynb #9e5c2978

@@ -22,8 +22,8 @@ from .core import *
 
 # %% auto #0
 __all__ = ['loss_layers', 'loss_arg', 'separable', 'MultiLoss', 'losses_of', 'mixes_loss', 'per_sample', 'class_loss_args',
-           'known', 'lerp_class_loss', 'check_loss', 'targets_apart', 'lerp_loss', 'MixLoss', 'made_of', 'soft_targets',
-           'soft_loss', 'ClassBCELoss']
+           'known', 'lerp_class_loss', 'check_loss', 'targets_apart', 'lerp_loss', 'MixLoss', 'part_of', 'made_of',
+           'soft_targets', 'soft_loss', 'ClassBCELoss']
 
 # %% ../nbs/02_loss.ipynb #2f2bdbcf
 def loss_layers(
@@ -300,13 +300,13 @@ def lerp_loss(
 # %% ../nbs/02_loss.ipynb #982837bf
 class MixLoss:
     "`loss_func`, mixed for the targets that it is armed with; for all others, and in all else, `loss_func` itself"
-    _own = {'loss_func','force_y_int','soft','plan','mixed','pool','targets','used','called','tried'}
+    _own = {'loss_func','force_y_int','soft','plan','mixed','pool','targets','used','called'}
     def __init__(self,
         loss_func, # Loss, as a fastai `Learner` takes it
         y_int:bool=None, # Mix the losses (True) or the targets (False)? Else as `loss_func` and the target's type say
         soft:bool=False, # Hand `loss_func` probabilities, one-hot and mixed, instead of mixing its losses?
     ):
-        self.loss_func,self.force_y_int,self.soft,self.tried = loss_func,y_int,soft,False
+        self.loss_func,self.force_y_int,self.soft = loss_func,y_int,soft
         self.disarm()
 
     def disarm(self):
@@ -362,7 +362,8 @@ def _same(a, b): return a is b or isinstance(a, Tensor) and isinstance(b, Tensor
 @patch
 def expect(self:MixLoss, yb) -> bool:
     "Expect `yb` from now on, if they equal the targets that the loss was armed with"
-    def equal(a, b): return _same(a, b) or a.shape==b.shape and a.dtype==b.dtype and torch.equal(a, b)
+    def values(a, b): return torch.equal(a, b) or a.is_floating_point() and torch.allclose(a, b, 0, 0, equal_nan=True)
+    def equal(a, b): return _same(a, b) or a.shape==b.shape and a.dtype==b.dtype and values(a, b)
     ok = not any(self.mixed) or len(yb)==len(self.targets) and all(map(equal, (*yb,*self.given()), self.targets*2))
     if ok: self.targets = yb
     return ok
@@ -374,26 +375,17 @@ def armed_for(self:MixLoss, yb) -> bool:
     return self.plan is not None and len(yb)==len(self.targets) and all(map(_same, yb, self.targets))
 
 # %% ../nbs/02_loss.ipynb #286efa2b
+def part_of(c:Tensor, y:Tensor) -> bool:
+    "Is `c` the memory of `y`, or a part of it?"
+    return y.untyped_storage().data_ptr()==c.untyped_storage().data_ptr()
+
 def made_of(
     c, # What a loss was called with
     y, # A part of the batch
 ) -> bool:
     "Is `c` the memory of `y`, a part of it, or its values?"
     if not (isinstance(y, Tensor) and isinstance(c, Tensor)): return False
-    if y.untyped_storage().data_ptr()==c.untyped_storage().data_ptr(): return True
-    return y.numel()==c.numel() and torch.allclose(y.float().flatten(), c.float().flatten().to(y.device), rtol=.01, atol=.01)
-
-# %% ../nbs/02_loss.ipynb #6c41d051
-@patch
-def try_fractions(self:MixLoss, loss_func, pred, yb):
-    "An error if `loss_func` tells targets apart, but not the blended `yb` from their whole parts"
-    if known(self.loss_func) or torch.compiler.is_compiling() or not all(y.is_floating_point() for y in yb): return
-    whole = [y.trunc() for y in yb]
-    if all(map(torch.equal, yb, whole)): return
-    self.tried = True
-    with torch.no_grad(): a,b,c = (loss_func(pred, *ys) for ys in (yb, whole, [y.roll(1, 0) for y in whole]))
-    if isinstance(a, Tensor) and torch.equal(a, b) and not torch.equal(b, c): raise ValueError(
-        f'{self.loss_func} sees only the whole part of its targets, so that blended ones are other classes to it: give it integers, or mix its losses, y_int=True')
+    return part_of(c, y) or y.numel()==c.numel() and torch.allclose(y.float().flatten(), c.float().flatten().to(y.device), rtol=.01, atol=.01)
 
 # %% ../nbs/02_loss.ipynb #97733f6f
 @patch
@@ -411,14 +403,14 @@ def __call__(self:MixLoss,
         finally: self.disarm()
     loss_func = partial(self.loss_func, **kwargs) if kwargs else self.loss_func
     armed = self.armed_for(yb)
+    self.used = self.used or armed
     if not (armed and any(self.mixed)):
         if self.plan is not None: self.called += yb
-        if armed and not self.tried: self.try_fractions(loss_func, pred, yb)
         return loss_func(pred, *yb)
     for name,o in kwargs.items():
-        if name not in ('weight','pos_weight') and isinstance(o, Tensor) and o.ndim and len(o)==len(yb[0]): raise ValueError(
+        by_class = isinstance(pred, Tensor) and isinstance(o, Tensor) and o.ndim==1 and len(o) in pred.shape[1:]
+        if isinstance(o, Tensor) and o.ndim and len(o)==len(yb[0]) and not by_class: raise ValueError(
             f'{name}, of shape {tuple(o.shape)}, seems to belong to the samples, which are mixed: hand it to the loss by position, as a further target of the batch')
-    self.used = True
     if self.soft and all(self.mixed): return soft_loss(loss_func, self.plan, pred, self.pool)
     return lerp_loss(loss_func, self.plan, pred, self.pool, self.mixed)
 

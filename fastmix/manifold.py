@@ -104,14 +104,16 @@ class ManifoldMixUp(MixUp):
         super().after_pred()
 
 # %% ../nbs/08_manifold.ipynb #6c41d041
+_transformers = {nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerEncoder, nn.TransformerDecoder, nn.Transformer}
+
 def not_mixable(
     module:nn.Module, # A layer
     h, # What it gives
 ) -> str: # None if there is nothing to say
     "Why `h` can not be mixed"
     if not isinstance(h, Tensor): return f'gives a {type(h).__name__} instead of a tensor'
-    times_first = any(getattr(m, 'batch_first', True) is False for m in module.modules())
-    if times_first and h.ndim>2 and len(h)==h.shape[1]: return 'gives as many times as samples, and is not batch_first'
+    times_first = type(module) in _transformers and any(getattr(m, 'batch_first', True) is False for m in module.modules())
+    if times_first and h.ndim==3 and len(h)==h.shape[1]: return 'gives as many times as samples, and is not batch_first'
 
 # %% ../nbs/08_manifold.ipynb #2d6504b3
 @patch

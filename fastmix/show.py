@@ -125,10 +125,10 @@ def show_mix(self:MixHandler,
     b = ifnone(b, dls.one_batch())
     nest,yb = b[:dls.n_inp],b[dls.n_inp:]
     plan,target_plan,xb,yb = self.draw(tuple(tensors_in(nest)), yb)
+    if isinstance(dls.train, TabDataLoader): return display_df(mix_table(dls, plan, xb, yb, max_n))
     mixed = iter([plan.own(x) if is_code(x) and plan.weighs(x) else plan.mix(x) for x in xb])   # categories have no picture of a mixture
     inputs = map_tensors(lambda _: next(mixed), tuple(nest))
     items,targets,weighed = decode_mix(dls, target_plan, inputs, yb, max_n)
-    if isinstance(dls.train, TabDataLoader): return display_df(mix_table(dls, plan, xb, yb, max_n))
     pictures = [i for i in range(dls.n_inp) if hasattr(items[0][i], 'show')]
     if not pictures: raise TypeError(f'show_mix shows pictures, but the input is a {type(items[0][0]).__name__}')
     regions = [None]*len(items) if plan.region is None else plan.region.expand(len(plan.pairs), *plan.size)

@@ -186,7 +186,7 @@ class LogMix(Callback):
 
     def after_batch(self):
         "Log scheduled values, and pictures where they are due"
-        if self.mixed: self.record.after_batch(self.write, self.mixer, self.learn.xb, self.train_iter, self.iter==0, self.dls)
+        if self.mixed and self.mixer.drawn: self.record.after_batch(self.write, self.mixer, self.learn.xb, self.train_iter, self.iter==0, self.dls)
         self.mixed = False
 
     def after_train(self):

@@ -177,7 +177,7 @@ def test_defaults():
     assert (MixUp().mix.alpha, MixUp().mix.fold, CutMix().mix.alpha, CutMix().mix.fold) == (.4, True, 1., False)
 
 def test_one_of():
-    for bad in [], [MixUp], [MixUp(y_int=True)], [MixUp(partners=derange)]:
+    for bad in [], [MixUp(y_int=True)], [MixUp(partners=derange)]:
         with pytest.raises(ValueError, match='OneOf'): OneOf(*bad)
     with pytest.raises(ValueError, match='nan'): OneOf(MixUp(), MixUp(1.), p=[float('nan')]*2)
     assert OneOf(MixUp(), MixUp(1.), MixUp(2.), p=[.3333]*3).mix.draw(torch.rand(4, 6))
@@ -463,6 +463,30 @@ def test_blended_targets_that_are_put_back_are_an_error(event, order, loss_func,
 def test_inputs_that_are_put_back_are_an_error(loss_func, y):
     learn = mk_learn(mk_dls([torch.randn(32, 6)], [y]), loss_func=loss_func, cbs=[MixUp(1.), Keeps(), puts_back('before_batch', 5, 'xb')])
     with pytest.raises(RuntimeError, match='has put back what MixUp had mixed'): quiet_fit(learn)
+
+@pytest.mark.parametrize('event,order,what', [('after_pred',5,'xb'), ('after_loss',-4,'yb'), ('after_loss',5,'xb'), ('before_step',0,'yb')])
+@pytest.mark.parametrize('loss_func,y', [*floats, (nn.CrossEntropyLoss(), torch.arange(32)%4)], ids=['MSE','BCE','CE'])
+def test_what_is_put_back_when_it_has_been_used_does_no_harm(event, order, what, loss_func, y):
+    x = torch.randn(32, 6)
+    def fitted(*cbs): return quiet_fit(mk_learn(mk_dls([x], [y]), loss_func=loss_func, cbs=[MixUp(1.), *cbs])).model.weight
+    assert fitted(Keeps(), puts_back(event, order, what)).equal(fitted())
+
+def test_clean_inputs_may_be_handed_on_beside_the_mixed_ones():
+    class Beside(Callback):
+        order,run_valid = 5,False
+        def before_batch(self): self.learn.xb = (*self.learn.xb, self.keeps.kept[0][0])
+    class First(nn.Linear):
+        def forward(self, x, clean=None): return super().forward(x)
+    quiet_fit(mk_learn(class_dls(), First(6, 4), cbs=[MixUp(1.), Keeps(), Beside()]))
+
+def test_a_mixer_is_removed_after_a_batch_that_was_cancelled():
+    class Cancels(Callback):
+        run_valid = False
+        def after_pred(self): raise CancelBatchException
+        def after_cancel_batch(self):
+            if hasattr(self.learn, 'mix_up'): self.learn.remove_cb(MixUp)
+    learn = quiet_fit(mk_learn(class_dls(), cbs=[MixUp(1.), Cancels()]))
+    assert not hasattr(learn, 'mix_up') and not isinstance(learn.loss_func, MixLoss)
 
 def test_classes_may_be_put_back():
     "They are the ones that the loss is called with anyway"

@@ -230,6 +230,6 @@ def test_nested_choices_have_a_region():
     (lambda: OneOf(FastaiMixUp(.4)), TypeError, 'import fastmix after fastai'), (lambda: OneOf(), ValueError, 'but got none'),
     (lambda: OneOf(MixUp(), CutMix(), p=.5), TypeError, 'a weight for each of the 2 mixes'), (lambda: MixUp(.4, 3), TypeError, 'per_batch must be True or False, but it is 3'),
     (lambda: MixUp(partners=lambda x: x), TypeError, 'called as partners.xb, yb, rng.'), (lambda: MixUp(partners='same_class'), TypeError, 'it is a str'),
-    (lambda: MixUp(partners=lambda *_: None).mix.draw(torch.rand(4, 2), partners=lambda rng: None), ValueError, 'gave a NoneType')])
+    (lambda: Blend(.4).draw(torch.rand(4, 2), partners=lambda rng: None), ValueError, 'gave a NoneType')])
 def test_each_mistake_has_its_sentence(make, error, what):
     with pytest.raises(error, match=what): make()

@@ -250,7 +250,7 @@ def moved(x):
     (lambda m,x: m.emb(x[:,0]) + m.emb(moved(x)).mean(1), 'another tensor'),
     (lambda m,x: (m.emb(x)*(torch.arange(6)<=x.argmax(1, keepdim=True))[...,None]).mean(1), 'tells the parts'), (lambda m,x: m.emb(x[:,0])*(x.sum(1, keepdim=True)>24), 'tells the parts'),
     (lambda m,x: m.emb(x[:,0])*x.sum(1)[0].item(), 'followed into item'),
-    (lambda m,x: m.emb(x[:,0])*(2 if 4 in x[0] else 1), 'followed into __contains__'), (lambda m,x: m.emb(x[:,0])*(1 if all(map(bool, x[:,0])) else 2), 'followed into __bool__')])
+    (lambda m,x: m.emb(x[:,0])*(2 if 4 in x[0] else 1), 'followed into __contains__'), (lambda m,x: m.emb(x[:,0])*sum(map(bool, x.flatten())), 'followed into __bool__')])
 def test_integers_without_an_embedding(f, what):
     "An error that names the input and the way out; the learner is as it was"
     model = Counted(f)
@@ -264,13 +264,36 @@ def test_integers_without_an_embedding(f, what):
     learn.remove_cb(MixUp)
     if 'linear' not in what: quiet_fit(learn)
 
-@pytest.mark.parametrize('f', [lambda x: x.max().item(), lambda x: int(x.max()), lambda x: len(x)>1 and x.sum()>3, lambda x: bool(x.min()>=0),
-    lambda x: (x.argmax(1)<9).all(), lambda x: x.sort(1).values.shape, lambda x: x.unique().numel()])
-def test_what_is_the_same_for_all_parts_may_be_asked(f):
-    "Such as the largest index of a batch, by which a model checks it"
-    x,log = ints(9, 8, 6),[]
-    codes = mix_codes(BlendPlan(torch.full((8,), .6), torch.arange(8).roll(1)), x)
+@pytest.mark.parametrize('idx', [torch.arange(8).roll(1), torch.zeros(8, dtype=torch.int64)], ids=['shuffle','one'])
+@pytest.mark.parametrize('f', [lambda x: x.max().item(), lambda x: int(x.max()), lambda x: bool(x.min()>=0), lambda x: x.amax()<9, lambda x: (x.argmax(1)<9).all(),
+    lambda x: len(x)>1 and x.sum()>3, lambda x: x.sort(1).values.shape, lambda x: x.unique().ndim])
+def test_what_is_said_of_all_parts_may_be_asked(f, idx):
+    "Such as the largest index of a batch, by which a model checks it, whoever is whose partner"
+    x = ints(9, 8, 6)
+    codes = mix_codes(BlendPlan(torch.full((8,), .6), idx), x)
     assert f(codes)==f(x) and not codes.log
+
+def test_words_may_be_dropped_at_random():
+    "The same ones of all parts, with as many random numbers as without mixing"
+    x,w = ints(9, 8, 6),floats(9, 4)
+    plan = Blend(1.).draw(x)
+    def masked(x): return x.masked_fill(torch.randint_like(x, 0, 100)<30, 8)
+    torch.manual_seed(1)
+    masked(x)
+    after = torch.rand(1)
+    torch.manual_seed(1)
+    codes = mix_codes(plan, x)
+    got = F.embedding(masked(codes), w)
+    assert torch.rand(1).equal(after) and not any(isinstance(o, Exception) for o in codes.log)
+    torch.manual_seed(1)
+    dropped = torch.randint_like(x, 0, 100)<30
+    assert_close(got, torch.where(dropped[...,None], w[8], by_share(plan, lambda j: w[x[j]])))
+
+def test_vectors_that_were_made_for_inference():
+    with torch.inference_mode(): w = floats(9, 4)
+    x = ints(9, 8, 6)
+    plan = Blend(1.).draw(x)
+    with torch.no_grad(): assert_close(F.embedding(mix_codes(plan, x), w), by_share(plan, lambda j: w[x[j]]))
 
 @pytest.mark.parametrize('f', [lambda x: x[[2,0,1]], lambda x: x.flip(1), lambda x: x.flip(0), lambda x: x.roll(1, 0), lambda x: torch.cat([x, x.flip(0)]),
     lambda x: torch.cat([x, x[:,:2]], 1), lambda x: torch.stack([x[:,2],x[:,0],x[:,1]]), lambda x: torch.stack([x[:,0],x[:,2]], 1), lambda x: x[:,[1,2]],

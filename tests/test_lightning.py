@@ -435,7 +435,7 @@ def test_masks_that_are_taken_for_an_input():
     x,y,w = masks()
     with pytest.raises(ValueError, match='with integers that MixUp has taken for an input'): fit(Weighed('tuple'), MixUp(1.), dl=DataLoader(list(zip(x, y.byte(), w)), batch_size=16))
 
-@pytest.mark.parametrize('part', [lambda p,y: (F.avg_pool2d(p, 2), y[:,::2,::2]), lambda p,y: (p[:4], y[:4]), lambda p,y: (p, y.clone())], ids=['smaller','fewer','copy'])
+@pytest.mark.parametrize('part', [lambda p,y: (F.avg_pool2d(p, 2), y[:,::2,::2]), lambda p,y: (p[:4], y[:4])], ids=['smaller','fewer'])
 def test_a_second_call_of_the_loss_that_is_not_mixed_is_an_error(part):
     class Deep(Dense):
         def step(self, x, y):
@@ -443,6 +443,16 @@ def test_a_second_call_of_the_loss_that_is_not_mixed_is_an_error(part):
             return self.loss_func(p, y) + .5*self.loss_func(*part(p, y))
     x,y,_ = masks()
     with pytest.raises(RuntimeError, match='calls self.loss_func more than once'): fit(Deep('tuple'), MixUp(1.), dl=DataLoader(list(zip(x, y)), batch_size=16))
+
+@pytest.mark.parametrize('other', [lambda p,y: torch.zeros_like(y), lambda p,y: y.clone()], ids=['zeros','copy'])
+def test_a_call_of_the_loss_with_other_targets_is_a_warning(other):
+    "Such as domains, or what a teacher says: they may happen to equal the targets"
+    class Two(Dense):
+        def step(self, x, y):
+            p = self(x)
+            return self.loss_func(p, y) + .1*self.loss_func(p, other(p, y))
+    x,y,_ = masks()
+    with pytest.warns(UserWarning, match='with other targets'): fit(Two('tuple'), MixUp(1.), dl=DataLoader(list(zip(x, y*0)), batch_size=16))
 
 def test_deep_supervision_by_one_loss():
     "The way out that the error tells of"
@@ -461,15 +471,16 @@ def test_deep_supervision_by_one_loss():
     fit(module, MixUp(1.), dl=DataLoader(list(zip(x, y)), batch_size=16))
     assert len(module.recs)==4 and all(a==pytest.approx(b, abs=1e-6) for a,b in module.recs)
 
-@pytest.mark.parametrize('shape', ['tuple','dict'])
-def test_partners_pass_the_hooks_that_batches_pass(shape):
-    class Shifts(Digits):
-        def on_after_batch_transfer(self, batch, dataloader_idx):
-            x,y = self.take(batch)
-            return shapes[self.shape][0](x+10, y)
-    second = loader(shape)
+@pytest.mark.parametrize('hook', ['on_before_batch_transfer','on_after_batch_transfer'])
+@pytest.mark.parametrize('shape,precision', [('tuple','32-true'), ('dict','32-true'), ('tuple','64-true')])
+def test_partners_pass_the_hooks_that_batches_pass(shape, precision, hook):
+    class Shifts(Digits): pass
+    def shift(self, batch, dataloader_idx):
+        x,y = self.take(batch)
+        return shapes[self.shape][0](x+10, y)
+    setattr(Shifts, hook, shift)
     module = Shifts(shape)
-    fit(module, MixUp(1., partners=SecondLoader(second)))
+    fit(module, MixUp(1., partners=SecondLoader(loader(shape))), precision=precision)
     assert all(o['x'].min()>=10-1e-4 and not o['x'].equal(o['x0']) for o in module.recs)
 
 @pytest.mark.parametrize('dtype', [torch.uint8, torch.int64], ids=str)

@@ -497,17 +497,26 @@ def test_targets_in_another_layout_are_others():
     learn = mk_learn(mk_dls([torch.randn(32, 6)], [y]), model, nn.CrossEntropyLoss(), cbs=[MixUp(1.), Transposes()])
     with pytest.raises(RuntimeError, match='changed the targets'): quiet_fit(learn)
 
-def classes_as_floats(p, y, reduction='mean'): return F.cross_entropy(p, y.long(), reduction=reduction)
-def no_target(p, y, reduction='mean'): return getattr(p.square().mean(1), reduction)() if reduction!='none' else p.square().mean(1)
-def squares(p, y, reduction='mean'): return F.mse_loss(p[:,0], y, reduction=reduction)
+def test_what_belongs_to_classes_may_be_a_keyword():
+    "As many classes as samples do not make it belong to them"
+    def focal(p, y, alpha=None, reduction='mean'): return F.cross_entropy(p, y, alpha, reduction=reduction)
+    pred,y = torch.randn(C, C), torch.arange(C)
+    plan = BlendPlan(torch.tensor([.7]), y.roll(1))
+    close(MixLoss(focal)(pred, y, alpha=w, plan=plan), .7*F.cross_entropy(pred, y, w) + .3*F.cross_entropy(pred, y.roll(1), w))
 
 def test_classes_that_come_as_floats():
-    "A loss that makes integers of them would take a blend of 1 and 3 for 2"
+    def classes_as_floats(p, y, reduction='mean'): return F.cross_entropy(p, y.long(), reduction=reduction)
     dls = mk_dls([torch.randn(32, 6)], [torch.randint(0, C, (32,)).float()])
-    with pytest.raises(ValueError, match='sees only the whole part of its targets'): fit(classes_as_floats, dls)
     for b in fit(classes_as_floats, dls, cb=MixUp(1., y_int=True)): close(b['loss'], mean_of(ce(), b['plan'], b['pred'].detach(), b['yb'][0].long()))
-    fit(no_target, dls)
-    fit(classes_as_floats, dls, cb=MixUp(0))
-    for b in fit(squares, dls):
-        lam,y = b['plan'].lam,b['yb'][0]
-        close(b['loss'], F.mse_loss(b['pred'].detach()[:,0], lam*y + (1-lam)*y[b['plan'].idx]))
+
+def test_a_missing_number_beside_classes():
+    "NaN is no change of the targets"
+    def masked(p, y, v, reduction='mean'):
+        u = F.cross_entropy(p, y, reduction='none') + (p[:,0]-v.nan_to_num())**2*v.isfinite()
+        return u if reduction=='none' else u.mean()
+    class Copies(Callback):
+        order,run_valid = 5,False
+        def before_batch(self): self.learn.yb = tuple(o.clone() for o in self.learn.yb)
+    v = torch.randn(32).where(torch.arange(32)%3>0, torch.nan)
+    dls = mk_dls([torch.randn(32, 6)], [torch.arange(32)%C, v])
+    quiet_fit(mk_learn(dls, loss_func=masked, cbs=[MixUp(1.), Copies()]))

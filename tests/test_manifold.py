@@ -241,3 +241,15 @@ def test_times_in_front_are_not_taken_for_samples(batch_first):
     learn = mk_learn(mk_dls([torch.randn(32, 8, 4)], [torch.arange(32)%4]), Net(), cbs=ManifoldMixUp(layers='t'))
     if batch_first: return quiet_fit(learn)
     with pytest.raises(TypeError, match='is not batch_first'): quiet_fit(learn)
+
+def test_channels_are_not_taken_for_times():
+    "Attention within a layer says nothing of what the layer gives"
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.MultiheadAttention(8, 1)
+        def forward(self, x):
+            h = x.flatten(2).permute(2, 0, 1)
+            return self.a(h, h, h)[0].permute(1, 2, 0).view(x.shape)
+    model = nn.Sequential(Attends(), nn.Flatten(), nn.Linear(8*4, 4))
+    quiet_fit(mk_learn(mk_dls([torch.randn(32, 8, 2, 2)], [torch.arange(32)%4]), model, cbs=ManifoldMixUp(layers='0')))

@@ -189,7 +189,7 @@ def test_what_has_no_reliability_diagram():
 
 # Tables
 
-def test_calibration_of_a_table(monkeypatch):
+def test_calibration_of_a_table():
     "Whose targets have the shape (n, 1), int8"
     rng = np.random.default_rng(0)
     df = pd.DataFrame(dict(a=rng.normal(size=200), b=rng.choice(['x','y'], 200), kind=rng.choice(['u','v'], 200)))
