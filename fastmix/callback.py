@@ -19,6 +19,7 @@ from .mixes import *
 from .loss import *
 from .loss import _same
 from .codes import *
+from .codes import _version
 
 # %% auto #0
 __all__ = ['MixHandler', 'BatchHook', 'check_batch', 'MixUp', 'CutMix', 'ResizeMix', 'SaliencyMix', 'FMix', 'GridMix',
@@ -103,7 +104,7 @@ class MixHandler(Callback):
         self.record_schedules()
 
 # %% ../nbs/03_callback.ipynb #0e3e97e5
-def _others(was, now): return [None if a is None or _same(a, b) else a for a,b in zip(was, tensors_in(now))]
+def _others(was, now): return [None if a is None or _same(a, b) else (a,_version(a)) for a,b in zip(was, tensors_in(now))]
 
 @patch
 def mix_batch(self:MixHandler):
@@ -129,7 +130,7 @@ def alone(self:MixHandler):
         'as in cbs=OneOf(MixUp(.4), CutMix(1.)), or remove one with learn.remove_cb')
 
 # %% ../nbs/03_callback.ipynb #2f7ae002
-def _is_back(was, now): return any(a is not None and _same(a, b) for a,b in zip(was, tensors_in(now)))
+def _is_back(was, now): return any(o and _same(o[0], b) and o[1]==_version(b) for o,b in zip(was, tensors_in(now)))
 
 @patch
 def check_replaced(self:MixHandler):

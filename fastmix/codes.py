@@ -74,7 +74,7 @@ _leave = {Tensor.tolist, Tensor.item, Tensor.numpy, Tensor.__array__, Tensor.__i
     Tensor.equal, torch.equal, Tensor.allclose, torch.allclose, Tensor.is_nonzero, torch.is_nonzero}
 _made_of_each = set('''abs add and bitwise_and bitwise_or bitwise_xor clamp clamp_max clamp_min clip clone contiguous cpu cuda empty_like floor_divide floordiv
     full_like int long masked_fill maximum minimum mod mul ones_like or radd remainder rmod rmul rsub short sub to type where xor zeros_like'''.split())
-_of_nobody = {'max', 'min', 'amax', 'amin', 'aminmax', 'randint_like', 'random_', 'bernoulli'}   # by the first ones models check their input
+_extremes,_random = {'max', 'min', 'amax', 'amin', 'aminmax'},{'randint_like', 'bernoulli'}
 _moving = {Tensor.__getitem__, Tensor.index_select, torch.index_select, Tensor.flip, torch.flip, Tensor.roll, torch.roll,
     torch.cat, torch.concat, torch.stack, torch.hstack, torch.column_stack}
 
@@ -112,7 +112,7 @@ def _integers(codes, res, each, f, nest):
     def laid_out(o): return torch.empty_like(res, dtype=o.dtype).copy_(o)
     if codes.shares and _moves(f, nest[0], **nest[1]): told = map(each, ('parts','shares','real'))
     elif codes.shares and made and res.shape==codes.shape: told = each(),*(list(map(laid_out, o)) for o in (codes.shares,codes.real))
-    else: told = () if _name(f) in _of_nobody else each(),(),()
+    else: told = () if _name(f) in _random or _name(f) in _extremes and not res.ndim else each(),(),()
     return as_codes(res, *told, codes.log)
 
 # %% ../nbs/02a_codes.ipynb #c36ddcfb

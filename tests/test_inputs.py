@@ -249,7 +249,7 @@ def moved(x):
     (lambda m,x: m.emb(x[:,0]) + torch.zeros(len(x), 9, dtype=torch.bool).scatter_(1, x, True)[:,:6], 'another tensor'),
     (lambda m,x: m.emb(x[:,0]) + m.emb(moved(x)).mean(1), 'another tensor'),
     (lambda m,x: (m.emb(x)*(torch.arange(6)<=x.argmax(1, keepdim=True))[...,None]).mean(1), 'tells the parts'), (lambda m,x: m.emb(x[:,0])*(x.sum(1, keepdim=True)>24), 'tells the parts'),
-    (lambda m,x: m.emb(x[:,0])*x.sum(1)[0].item(), 'followed into item'),
+    (lambda m,x: m.emb(x[:,0])*x.sum(1)[0].item(), 'followed into item'), (lambda m,x: m.emb(x[:,0])*(x.max(1, keepdim=True).values>7), 'tells the parts'),
     (lambda m,x: m.emb(x[:,0])*(2 if 4 in x[0] else 1), 'followed into __contains__'), (lambda m,x: m.emb(x[:,0])*sum(map(bool, x.flatten())), 'followed into __bool__')])
 def test_integers_without_an_embedding(f, what):
     "An error that names the input and the way out; the learner is as it was"
