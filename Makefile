@@ -23,7 +23,7 @@ $(env): pyproject.toml settings.ini setup.py constraints.txt
 	for f in $(bin)/nbdev-*; do ln -sf $${f##*/} $(bin)/$$(tr - _ <<< $${f##*/}); done
 	touch $@
 
-demo: $(env) ## Train on real digits with and without MixUp, in four to twelve minutes
+demo: $(env) ## Train on real digits with and without MixUp, in four to fifteen minutes
 	$(bin)/python -m fastmix.demo $(ARGS)
 
 bench: $(env) ## Measure what mixing adds to a batch, beside fastai, timm and torchvision
