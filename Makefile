@@ -24,15 +24,15 @@ $(env): pyproject.toml settings.ini setup.py constraints.txt
 	touch $@
 
 demo: $(env) ## Train on real digits with and without MixUp, in four to fifteen minutes
-	$(bin)/python -m fastmix.demo $(ARGS)
+	$(bin)/python -m fastmix.lab.demo $(ARGS)
 
 bench: $(env) ## Measure what mixing adds to a batch, beside fastai, timm and torchvision
-	$(bin)/python -W ignore -m fastmix.bench $(ARGS)
+	$(bin)/python -W ignore -m fastmix.lab.bench $(ARGS)
 
 evidence: $(env) ## Run all experiments anew in evidence/, in about fifteen hours on two cores, and go on if interrupted; GPU=1 adds the paper's network
 	mkdir -p evidence
 	cp $$(grep -l run_missing nbs/tutorials/*.ipynb) nbs/tutorials/evidence.ipynb evidence
-	$(if $(GPU),for noise in 0 .2 .5 .8; do $(bin)/python -m fastmix.scale --noise $$noise --out evidence/runs/scale.csv $(ARGS) || exit; done)
+	$(if $(GPU),for noise in 0 .2 .5 .8; do $(bin)/python -m fastmix.lab.scale --noise $$noise --out evidence/runs/scale.csv $(ARGS) || exit; done)
 	$(bin)/nbdev-test evidence --skip-file-re '^evidence' --flags slow --cell-timeout 0 --n-workers 2 --timing --save
 	$(bin)/nbdev-test evidence/evidence.ipynb --save
 
@@ -50,7 +50,7 @@ test: $(env) ## Run all checks
 	@$(sums) | diff .venv/sums - || $(call say,notebooks and modules and README were out of step. They agree now: look at the files above and commit them)
 	@$(bin)/chkstyle fastmix nbs tests setup.py || $(call say,follow the hints of chkstyle above)
 	@$(bin)/nbdev-test --timing || $(call say,open the notebook above and run it from the top)
-	@$(bin)/pytest || $(call say,run the test above alone: $(bin)/pytest -k NAME)
+	@$(bin)/pytest -n auto --dist loadfile || $(call say,run the test above alone: $(bin)/pytest -k NAME)
 
 lock: $(env) ## Take the newest versions into constraints.txt
 	$(bin)/uv pip compile --quiet --upgrade --universal --python-version 3.10 --all-extras --no-header --no-annotate pyproject.toml -o constraints.txt

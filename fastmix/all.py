@@ -1,13 +1,24 @@
-from fastmix.core import *
-from fastmix.mixes import *
-from fastmix.loss import *
-from fastmix.codes import *
-from fastmix.callback import *
-from fastmix.data import *
-from fastmix.show import *
-from fastmix.metrics import *
-from fastmix.check import *
-from fastmix.manifold import *
-from fastmix.tensorboard import *
-from fastmix.pytorch import *
-from fastmix.gan import *
+"What users write: `from fastmix.all import *`, after fastai's own"
+from fastmix.check import check_mix
+from fastmix.core import draw_lam
+from fastmix.data import CorruptLabels, SoftCategoryBlock, corrupt_labels, digit_images, folder_images, image_dls, photo_images
+from fastmix.gan import GANMixUp, gan_mix_loss, mix_real_fake
+from fastmix.handler import MixHandler, find_mixer
+from fastmix.log import LogMix
+from fastmix.loop import MixCollate
+from fastmix.losses import ClassBCELoss, MixLoss, MultiLoss
+from fastmix.manifold import ManifoldMixUp
+from fastmix.metrics import CalibrationError, CleanLoss, MixMetric
+from fastmix.beta import BetaMix, RegionMix
+from fastmix.mixers import CutMix, CutMixUp, FMix, GridMix, MixUp, OneOf, ResizeMix, SaliencyMix
+from fastmix.partners import SecondLoader, balanced, derange, near_target, other_class, same_class
+from fastmix.plan import Plan
+from fastmix.regions import Boxes, Mask, spectral_residual
+from fastmix.show import *   # show_mix and plot_lam, as methods
+
+__all__ = ['MixUp', 'CutMix', 'ResizeMix', 'SaliencyMix', 'FMix', 'GridMix', 'ManifoldMixUp', 'OneOf', 'CutMixUp',
+    'derange', 'same_class', 'other_class', 'balanced', 'near_target', 'SecondLoader',
+    'MixLoss', 'MultiLoss', 'ClassBCELoss', 'MixMetric', 'CleanLoss', 'CalibrationError',
+    'CorruptLabels', 'corrupt_labels', 'SoftCategoryBlock', 'image_dls', 'digit_images', 'photo_images', 'folder_images',
+    'check_mix', 'find_mixer', 'MixCollate', 'LogMix', 'GANMixUp', 'gan_mix_loss', 'mix_real_fake', 'draw_lam',
+    'MixHandler', 'BetaMix', 'RegionMix', 'Plan', 'Boxes', 'Mask', 'spectral_residual']

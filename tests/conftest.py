@@ -1,7 +1,7 @@
-import os
+import os, random
 from pathlib import Path
 
-import pytest
+import numpy as np, pytest, torch
 
 os.environ['WANDB_MODE'] = 'offline'   # read once, when wandb is first used
 
@@ -9,3 +9,10 @@ os.environ['WANDB_MODE'] = 'offline'   # read once, when wandb is first used
 def root():
     "The root of the repository"
     return Path(__file__).parent.parent
+
+@pytest.fixture(autouse=True)
+def seed():
+    "Each test draws the same numbers, alone or after others"
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)

@@ -1,5 +1,5 @@
 "Small learners, and a callback that records what a fit was fed"
-import faulthandler, os, socket, subprocess, sys, time
+import faulthandler, os, re, socket, subprocess, sys, time
 from pathlib import Path
 import torch
 from torch import nn
@@ -14,7 +14,11 @@ class Record(Callback):
     def before_fit(self): self.batches = []
     def before_batch(self): self.batches.append(dict(xb=self.learn.xb, yb=self.learn.yb, xb0=[x.clone() for x in self.learn.xb]))
     def after_loss(self): self.batches[-1].update(mixed=self.learn.xb, pred=self.learn.pred, loss=self.learn.loss.detach(), plan=self.plan())
-    def plan(self): return next((cb.plan for cb in self.learn.cbs if hasattr(type(cb), 'plan')), None)
+    def plan(self): return next((cb.record.plan for cb in self.learn.cbs if hasattr(type(cb), 'mix_batch') and cb.record), None)
+
+def name_of(o):
+    "As an id of a test: without a memory address, so that all processes collect the same tests"
+    return re.sub(' at 0x[0-9a-f]+', '', str(o))
 
 class Items(list): "Tuples of tensors, of which the first `n_inp` are inputs"
 

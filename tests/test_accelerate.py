@@ -51,9 +51,9 @@ if __name__=='__main__':
     from accelerate import Accelerator
     from sklearn.datasets import load_digits
     from torch.utils.data import DataLoader, TensorDataset, default_collate
-    from fastmix.loss import MixLoss
-    from fastmix.mixes import Blend
-    from fastmix.pytorch import MixCollate
+    from fastmix.loop import MixCollate
+    from fastmix.losses import MixLoss
+    from fastmix.mixers import MixUp
 
     class Keep(MixCollate):
         "Keeps the samples beside their mixtures"
@@ -64,15 +64,15 @@ if __name__=='__main__':
         torch.manual_seed(2)
         x,y = load_digits(return_X_y=True)
         ds,model = TensorDataset(torch.tensor(x[:192]).float()/16, torch.tensor(y[:192])),mk_model()
-        accelerator,mix,loss,recs = Accelerator(cpu=True),Blend(1.),MixLoss(nn.CrossEntropyLoss()),[]
-        dl = loader(ds, Keep(mix) if way=='collate' else None)
+        accelerator,mixer,loss,recs = Accelerator(cpu=True),MixUp(1.),MixLoss(nn.CrossEntropyLoss()),[]
+        dl = loader(ds, Keep(mixer) if way=='collate' else None)
         model,opt,dl = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=.1), dl)
         for _ in range(2):
             for b in dl:
                 if way=='collate': x,((mixed,y),plan) = b
                 else:
                     x,y = b
-                    plan = mix.draw(x)
+                    plan = mixer.draw(x)
                     mixed = plan.mix(x)
                 value = loss(model(mixed), y, plan=plan)
                 recs.append(dict(x=x, y=y, lam=plan.lam, idx=plan.idx, loss=value.item()))

@@ -35,7 +35,7 @@ if __name__=='__main__':
     out,rank = begin_rank()
     from fastai.basics import *
     from fastai.distributed import *
-    from fastmix.callback import MixUp
+    from fastmix.mixers import MixUp
 
     @patch
     def _broadcast(self:DistributedDL, t, rank):
@@ -49,7 +49,7 @@ if __name__=='__main__':
         order,run_valid = -1,False
         def before_fit(self): self.recs = []
         def before_batch(self): self.recs.append(dict(x=self.x.clone(), model=type(self.model).__name__))
-        def after_loss(self): self.recs[-1].update(loss=self.loss.item(), lam=self.learn.mix_up.plan.lam if hasattr(self.learn, 'mix_up') else None)
+        def after_loss(self): self.recs[-1].update(loss=self.loss.item(), lam=self.learn.mix_up.lam if hasattr(self.learn, 'mix_up') else None)
         def before_step(self): self.recs[-1]['grad'] = torch.cat([p.grad.flatten() for p in self.model.parameters()])
 
     def run(*cbs):

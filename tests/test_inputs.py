@@ -1,24 +1,25 @@
-"Every kind of input: what the model reads is the mixture of what it reads of each sample"
-import pickle
-from collections import UserDict, namedtuple
-from collections.abc import Mapping
-import pytest, torch, torch.nn.functional as F
-from fastai.callback.core import Callback, CancelBatchException
+"What a model reads of a mixture is the mixture of what it reads of each part"
+import copy, io, operator, pickle
+import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
+from fastai.callback.core import Callback
 from fastai.callback.rnn import RNNCallback
-from fastai.collab import EmbeddingDotBias
-from fastai.losses import MSELossFlat
+from fastai.collab import CollabDataLoaders, collab_learner
+from fastai.data.block import CategoryBlock
+from fastai.tabular.core import Categorify, Normalize, TabularPandas
+from fastai.tabular.learner import tabular_learner
 from fastai.tabular.model import TabularModel
-from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_clas_config
+from fastai.text.core import Tokenizer
+from fastai.text.data import TextDataLoaders
+from fastai.text.learner import language_model_learner, text_classifier_learner
+from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_clas_config, awd_lstm_lm_config
 from fastai.text.models.core import get_text_classifier, masked_concat_pool
-from torch import nn
+from torch import Tensor, nn
 from torch.testing import assert_close
-from fastmix.callback import CutMix, MixUp, OneOf
-from fastmix.codes import mix_codes, paddings
-from fastmix.core import BlendPlan, derange
-from fastmix.data import SecondLoader
-from fastmix.manifold import ManifoldMixUp
-from fastmix.mixes import Blend
-from helpers import Record, mk_dls, mk_learn, quiet_fit
+from torch.utils.checkpoint import checkpoint
+from fastmix.inputs import Lookups, MixedInputs, is_padding, mix_lookups, paddings, sort_by_padding
+from fastmix.mixers import CutMix, MixUp, OneOf
+from fastmix.plan import Plan
+from helpers import mk_dls, mk_learn, name_of, quiet_fit, Record
 
 g = torch.Generator().manual_seed(0)
 def ints(high, *shape, low=0): return torch.randint(low, high, shape, generator=g)
@@ -26,74 +27,120 @@ def floats(*shape): return torch.randn(*shape, generator=g)
 y = ints(2, 32)
 mixers = [MixUp(1.), MixUp(1., k=3), MixUp(1., per_batch=True), MixUp(1., p=.5), OneOf(MixUp(1.), MixUp(.1, k=4), None, per_batch=False)]
 
-def by_share(plan, f):
-    "Σ shares × f(sample), sample by sample"
-    return torch.stack([sum(w*f(int(j)) for w,j in zip(ws, js)) for ws,js in zip(plan.shares.expand(plan.pairs.shape), plan.pairs)])
+def rows(plan): return zip(plan.weights.expand(plan.pairs.shape), plan.pairs)
+def by_weight(plan, f):
+    "Σ weight × f(position of the sample), mixture by mixture"
+    return torch.stack([sum(w*f(int(j)) for w,j in zip(ws, js)) for ws,js in rows(plan)])
 
-def soft_loss(b, c=2): return F.cross_entropy(b['pred'].detach(), by_share(b['plan'], lambda j: F.one_hot(b['loader_y'][j], c).float()))
+def soft_loss(b, c=2):
+    y = b['loader_y'].view(-1)
+    return F.cross_entropy(b['pred'].detach(), by_weight(b['plan'], lambda j: F.one_hot(y[j].long(), c).float()))
 
 class Record(Record):
-    "Keeps the targets as they came, since mixed ones may be in another order"
-    def before_batch(self): self.batches.append(dict(loader_x=self.learn.xb, loader_y=self.learn.yb[0]))
+    "Keeps the batch as it came, since mixtures may be in another order"
+    def before_batch(self):
+        self.batches.append(dict(loader_x=self.learn.xb, loader_y=self.learn.yb[0], before=[o.clone() for o in self.learn.xb]))
 
-def fit(dls, model, mixer, loss_func=None, n_epoch=2, cbs=()):
-    learn = quiet_fit(mk_learn(dls, model, loss_func, cbs=[mixer, record := Record(), *cbs]), n_epoch, lr=0.)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in learn.model.modules())
+def quiet(learn): return learn.remove_cbs([cb for cb in learn.cbs if cb.name=='progress'])
+def watch(learn, mixer, n_epoch=2, cbs=()):
+    "The batches of a fit that changes no weights; the loader's tensors are not written to"
+    quiet_fit(learn.add_cbs([mixer, record := Record(), *cbs]), n_epoch, lr=0.)
+    learn.remove_cb(mixer)
+    for b in record.batches: assert all(x.equal(o) for x,o in zip(b['loader_x'], b['before']))
     return record.batches
+
+def fit(xs, y, model, mixer, loss_func=None, shuffle=True, **kwargs):
+    return watch(mk_learn(mk_dls(xs, [y], n_inp=len(xs), shuffle=shuffle), model, loss_func), mixer, **kwargs)
+
+def of_rows(model, xb, j):
+    "What a `TabularModel` reads of row `j`"
+    return torch.cat([*(e.weight[xb[0][j,i].long()] for i,e in enumerate(model.embeds)), *(x[j] for x in xb[1:])])
 
 # Tables
 
-@pytest.mark.parametrize('mixer', mixers, ids=repr)
-@pytest.mark.parametrize('n_cont', [0,3])
+@pytest.mark.parametrize('mixer,n_cont', [*zip(mixers, [3,0,3,0,3])], ids=name_of)
 def test_tables(mixer, n_cont):
-    "The network taken apart by hand: embeddings and numbers of each sample, blended, and then its layers"
+    "The model taken apart by hand: embeddings and numbers of each row, blended, and then its layers"
     sizes = [(3,2),(7,4)]
-    cat = torch.stack([ints(n, 32) for n,_ in sizes], 1)
-    xs = [cat,floats(32, n_cont)] if n_cont else [cat]
+    xs = [torch.stack([ints(n, 32) for n,_ in sizes], 1)] + [floats(32, n_cont)]*(n_cont>0)
     model = TabularModel(sizes, n_cont, 2, [9,5], bn_cont=False, use_bn=False)
-    for b in fit(mk_dls(xs, [y], n_inp=len(xs)), model, mixer):
-        xb = b['loader_x']
-        h = by_share(b['plan'], lambda j: torch.cat([*(e.weight[xb[0][j,i]] for i,e in enumerate(model.embeds)), *(x[j] for x in xb[1:])]))
-        assert_close(b['pred'], model.layers(h))
+    for b in fit(xs, y, model, mixer):
+        assert_close(b['pred'], model.layers(by_weight(b['plan'], lambda j: of_rows(model, b['loader_x'], j))))
         assert_close(b['loss'], soft_loss(b))
+
+class Bytes(Callback):
+    order,run_valid = 5,False
+    def before_batch(self): self.learn.xb = (self.xb[0].byte(),self.xb[1])
+
+class LongTabular(TabularModel):
+    def forward(self, x_cat, x_cont): return super().forward(x_cat.long(), x_cont)
+
+@pytest.mark.parametrize('bytes', [False, True])
+def test_tabular_learner(bytes):
+    df = pd.DataFrame(dict(a=list('xyzz')*8, b=list('pqrst')*6+list('pq'), c=np.linspace(0, 3, 32), kind=[0,1]*16))
+    to = TabularPandas(df, [Categorify,Normalize], ['a','b'], ['c'], 'kind', CategoryBlock(), ([*range(24)],[*range(24,32)]))
+    learn = quiet(tabular_learner(to.dataloaders(bs=8), [9], config=dict(use_bn=False, bn_cont=False)))
+    if bytes: learn.model.__class__ = LongTabular
+    for b in watch(learn, MixUp(1.), cbs=[Bytes()]*bytes):
+        x = b['mixed'][0]
+        assert isinstance(x, Lookups) and x.dtype==(torch.uint8 if bytes else torch.int64)
+        assert_close(b['pred'], learn.model.layers(by_weight(b['plan'], lambda j: of_rows(learn.model, b['loader_x'], j))))
+        assert_close(b['loss'], soft_loss(b))
+    assert len(learn.get_preds()[0])==8
 
 def test_gradients_reach_the_vectors_of_both():
     emb,x = nn.Embedding(12, 3),torch.arange(12)[:,None]
-    plan = BlendPlan(torch.tensor([.9,.6]), torch.tensor([7,8]))
-    plan.n = 12
-    emb(mix_codes(plan, x)).sum().backward()
+    emb(mix_lookups(Plan.of(torch.tensor([7,8]), torch.tensor([.9,.6]), n=12), x)).sum().backward()
     want = torch.zeros(12)
     want[[0,1,7,8]] = torch.tensor([.9,.6,.1,.4])
     assert_close(emb.weight.grad, want[:,None].expand(12, 3))
 
-def test_recommendations():
-    "Two columns, four embeddings"
-    users = torch.stack([ints(9, 32), ints(5, 32)], 1)
-    model = EmbeddingDotBias(4, 9, 5, (0,1))
-    target = torch.rand(32, generator=g)
-    for b in fit(mk_dls([users], [target]), model, MixUp(1.), MSELossFlat()):
+@pytest.mark.parametrize('use_nn', [False, True])
+def test_collab_learner(use_nn):
+    df = pd.DataFrame(dict(user=list('abcd')*8, title=list('pqrst')*6+list('pq'), rating=np.linspace(0, 5, 32)))
+    dls = CollabDataLoaders.from_df(df, bs=8, valid_pct=.25, seed=1)
+    learn = quiet(collab_learner(dls, 4, use_nn=use_nn, y_range=(0,5), config=dict(use_bn=False) if use_nn else None))
+    m = learn.model
+    for b in watch(learn, MixUp(1.)):
         x = b['loader_x'][0]
-        u,i,ub,ib = (by_share(b['plan'], lambda j: e.weight[x[j,c]]) for e,c in ((model.u_weight,0),(model.i_weight,1),(model.u_bias,0),(model.i_bias,1)))
-        assert_close(b['pred'], torch.sigmoid((u*i).sum(1) + ub[:,0] + ib[:,0]))
-        assert_close(b['loss'], F.mse_loss(b['pred'].detach(), by_share(b['plan'], lambda j: b['loader_y'][j])))
+        def of(e, c): return by_weight(b['plan'], lambda j: e.weight[x[j,c]])
+        if use_nn: want = m.layers(torch.cat([of(e, i) for i,e in enumerate(m.embeds)], 1))
+        else: want = 5*torch.sigmoid((of(m.u_weight, 0)*of(m.i_weight, 1)).sum(1) + of(m.u_bias, 0)[:,0] + of(m.i_bias, 1)[:,0])
+        assert_close(b['pred'], want)
+        assert_close(b['loss'], F.mse_loss(b['pred'].detach().flatten(), by_weight(b['plan'], lambda j: b['loader_y'][j]).flatten()))
 
-class Offsets(nn.Module):
-    "One embedding for all columns, and another by an index of its own making"
-    def __init__(self):
+# Models of one's own
+
+class Own(nn.Module):
+    "Vectors of three columns by `f`, their mean, and a layer"
+    def __init__(self, f):
         super().__init__()
-        self.emb,self.pos,self.out = nn.Embedding(10, 4),nn.Embedding(8, 4),nn.Linear(4, 2)
-        self.register_buffer('offsets', torch.tensor([0,3,6]))
+        self.emb,self.bag,self.out,self.f = nn.Embedding(12, 12),nn.EmbeddingBag(12, 12),nn.Linear(12, 2),f
+    def read(self, x): return self.f(self, x).float()
     def forward(self, x):
-        e = self.emb(x.long() + self.offsets)
-        return self.out((e + self.pos(torch.arange(x.shape[1]))).mean(1)) + self.pos(torch.arange(8)).mean()   # as many as a batch has
+        h = self.read(x)
+        return self.out(h if h.ndim==2 else h.mean(1))
 
-@pytest.mark.parametrize('dtype', [torch.int64, torch.int32, torch.int8, torch.uint8], ids=str)
-def test_offsets_and_positions(dtype):
-    model = Offsets()
-    for b in fit(mk_dls([ints(3, 32, 3).to(dtype)], [y]), model, MixUp(1.)):
-        x = b['loader_x'][0].long()
-        h = by_share(b['plan'], lambda j: model.emb.weight[x[j]+model.offsets]) + model.pos.weight[:3]
-        assert_close(b['pred'], model.out(h.mean(1)) + model.pos.weight.mean())
+offsets,swapped = torch.tensor([0,3,6]),torch.arange(12).flip(0)
+@pytest.mark.parametrize('f,dtype', [(lambda m,x: m.emb(x), torch.int32), (lambda m,x: m.emb(x.long()+offsets), torch.uint8),
+    (lambda m,x: m.emb(offsets+x) + m.emb(torch.arange(x.shape[1])), torch.int64), (lambda m,x: m.bag(x), torch.int64),
+    (lambda m,x: F.one_hot(x, 12), torch.int64), (lambda m,x: F.one_hot(x, 12).sum(1), torch.int64),
+    (lambda m,x: m.emb.weight[x], torch.int64), (lambda m,x: m.emb(swapped[x]), torch.int64),
+    (lambda m,x: torch.stack([m.emb(o) for o in x.T], 1), torch.int64), (lambda m,x: torch.stack([m.emb(o) for o in x]), torch.int64),
+    (lambda m,x: checkpoint(m.emb, x, use_reentrant=False), torch.int64)])
+def test_own_models(f, dtype):
+    model = Own(f)
+    for b in fit([ints(3, 32, 3).to(dtype)], y, model, MixUp(1.), n_epoch=1):
+        read = model.read(b['loader_x'][0])
+        h = by_weight(b['plan'], lambda j: read[j])
+        assert_close(b['pred'], model.out(h if h.ndim==2 else h.mean(1)))
+        assert_close(b['loss'], soft_loss(b))
+
+@pytest.mark.filterwarnings('ignore')
+def test_a_compiled_model():
+    model,x = Own(lambda m,x: m.emb(x+offsets)),ints(3, 8, 3)
+    mixed = mix_lookups(MixUp(1.).draw(x), x)
+    assert_close(torch.compile(model, backend='eager')(mixed), model(mixed))
 
 # Texts
 
@@ -103,207 +150,79 @@ def texts(bptt=5, n=32):
     for i in range(n): tokens[i, bptt*(i%8//2):4*bptt-i%3] = ints(50, 4*bptt-i%3-bptt*(i%8//2), low=2)
     return tokens
 
+small = dict(emb_sz=10, n_hid=12, n_layers=2)
 def classifier(drop_mult=1., **kwargs):
     "A small one; without dropout: 1e-9, since fastai's `WeightDropout` fails at 0"
-    config = awd_lstm_clas_config | dict(emb_sz=10, n_hid=12, n_layers=2)
-    return get_text_classifier(AWD_LSTM, 50, 2, seq_len=5, config=config, drop_mult=drop_mult, **kwargs)
+    return get_text_classifier(AWD_LSTM, 50, 2, seq_len=5, config=awd_lstm_clas_config|small, drop_mult=drop_mult, **kwargs)
 
-def alone(model, embedded, bptt):
+def of_text(model, embedded, bptt):
     "The classifier on one text without padding: piece by piece, then pooled"
     enc,head = model
     enc.reset()
     out = torch.cat([enc.module(o[None], from_embeds=True) for o in embedded.split(bptt)], 1)
     return head.layers(masked_concat_pool(out, torch.zeros(out.shape[:2], dtype=torch.bool), bptt))[0]
 
-@pytest.mark.parametrize('mixer', mixers, ids=repr)
-def test_texts(mixer):
-    "Mixtures as long as the longest of their parts; each read alone, without padding"
-    bptt = 5
-    model = classifier(1e-9, lin_ftrs=[], ps=[])
-    model[1].layers = nn.Linear(30, 2)
+def check_texts(model, batches, bptt):
+    "Mixtures as long as the longest of their parts, each read alone, without padding"
     emb = model[0].module.encoder.weight
-    for b in fit(mk_dls([texts(bptt)], [y], shuffle=False), model, mixer, cbs=[RNNCallback()], n_epoch=1):
+    for b in batches:
         x = b['loader_x'][0]
         assert_close(b['loss'], soft_loss(b))
-        mixed = by_share(b['plan'], lambda j: emb[x[j]])
-        for i in range(8):
-            used = (b['plan'].shares.expand(b['plan'].pairs.shape)[i]>0)
-            real = (x[b['plan'].pairs[i][used]]!=1).any(0)
-            assert_close(b['pred'][i], alone(model, mixed[i][real], bptt), rtol=1e-4, atol=1e-5)
+        mixed = by_weight(b['plan'], lambda j: emb[x[j]])
+        for i,(ws,js) in enumerate(rows(b['plan'])):
+            real = (x[js[ws>0]]!=1).any(0)
+            assert_close(b['pred'][i], of_text(model, mixed[i][real], bptt), rtol=1e-4, atol=1e-5)
 
-def test_texts_are_learned():
-    tokens = texts()
-    label = (tokens==7).any(1).long()
-    learn = quiet_fit(mk_learn(mk_dls([tokens], [label]), classifier(), cbs=[MixUp(.4), RNNCallback()]), 2)
-    learn.validate()
-    assert learn.get_preds()[0].shape==(32,2)
+@pytest.mark.parametrize('mixer', mixers, ids=name_of)
+def test_texts(mixer):
+    model = classifier(1e-9, lin_ftrs=[], ps=[])
+    model[1].layers = nn.Linear(30, 2)
+    check_texts(model, fit([texts()], y, model, mixer, shuffle=False, cbs=[RNNCallback()], n_epoch=1), 5)
+
+sentences = ['the cat sat on the mat', 'a dog barked loudly at the moon and the cat', 'dogs bark', 'cats and dogs sat on a wall']*8
+words = pd.DataFrame(dict(text=[' '.join(o.split()*(1+i%3)) for i,o in enumerate(sentences)], kind=[0,1]*16))
+
+class Split:
+    "A tokenizer that splits at spaces"
+    def __call__(self, items): return (o.split() for o in items)
+
+def text_dls(**kwargs):
+    tok_tfm = Tokenizer.from_df('text', tok=Split(), n_workers=0)
+    return TextDataLoaders.from_df(words, text_col='text', tok_tfm=tok_tfm, valid_pct=.25, seed=1, bs=8, device='cpu', **kwargs)
+
+def test_text_classifier_learner():
+    dls = text_dls(label_col='kind', seq_len=5)
+    config = awd_lstm_clas_config|small
+    learn = quiet(text_classifier_learner(dls, AWD_LSTM, seq_len=5, config=config, pretrained=False, drop_mult=1e-9, lin_ftrs=[], ps=[]))
+    learn.model[1].layers = nn.Linear(30, 2)
+    check_texts(learn.model, watch(learn, MixUp(1.), n_epoch=1), 5)
+    assert learn.get_preds()[0].shape==(8,2)
+
+def test_language_model_learner():
+    "At each place, vectors of two texts are mixed, and the losses on their next tokens"
+    dls = text_dls(is_lm=True, seq_len=6)
+    learn = quiet(language_model_learner(dls, AWD_LSTM, config=awd_lstm_lm_config|small, pretrained=False, drop_mult=1e-9))
+    batches = watch(learn, MixUp(1.), n_epoch=1)
+    enc,dec = learn.model.train()
+    enc.reset()
+    for b in batches:
+        x = b['loader_x'][0]
+        want = dec(enc(by_weight(b['plan'], lambda j: enc.encoder.weight[x[j]]), from_embeds=True))[0]
+        assert_close(b['pred'], want, rtol=1e-4, atol=1e-5)
+        target = by_weight(b['plan'], lambda j: F.one_hot(b['loader_y'][j], want.shape[-1]).float())
+        assert_close(b['loss'], F.cross_entropy(want.detach().flatten(0, 1), target.flatten(0, 1)), rtol=1e-4, atol=1e-5)
 
 def test_tokens_dropped_are_dropped_for_all_parts():
     "The same vocabulary is dropped for a sample and its partners"
     drop = classifier()[0].module.encoder_dp
     drop.embed_p = .5
     x = ints(50, 8, 6, low=2)
-    plan = Blend(1.).draw(x)
+    plan = MixUp(1.).draw(x)
     torch.manual_seed(3)
-    got = drop(mix_codes(plan, x))
+    got = drop(mix_lookups(plan, x))
     torch.manual_seed(3)
     e = drop(x)
-    assert_close(got, by_share(plan, lambda j: e[j]))
-
-# Several inputs, and nests of them
-
-class Siamese(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body,self.out = nn.Sequential(nn.Flatten(), nn.Linear(3*5*4, 6)),nn.Linear(12, 2)
-    def read(self, a, b): return self.out(torch.cat([self.body(a), self.body(b)], 1))
-    def forward(self, x, *rest): return self.read(x, *rest) if rest else self.read(*(x.values() if isinstance(x, Mapping) else x))
-
-Pair = namedtuple('Pair', 'a b')
-nests = dict(two=lambda a,b: (a,b), tuple=lambda a,b: ((a,b),), list=lambda a,b: ([a,b],), named=lambda a,b: (Pair(a,b),),
-    dict=lambda a,b: (dict(a=a, b=b),), mapping=lambda a,b: (UserDict(a=a, b=b),))
-
-class Nest(Callback):
-    order = -3
-    def __init__(self, nest): self.nest = nest
-    def before_batch(self): self.learn.xb = self.nest(*self.learn.xb)
-
-@pytest.mark.parametrize('mixer', [MixUp(1.), CutMix(), MixUp(1., partners=derange)], ids=repr)
-@pytest.mark.parametrize('nest', nests.values(), ids=nests)
-def test_nests(nest, mixer):
-    a,b = floats(32, 3, 5, 4),floats(32, 3, 5, 4)
-    model = Siamese()
-    for o in fit(mk_dls([a,b], [y], n_inp=2), model, mixer, cbs=[Nest(nest)]):
-        came = o['loader_x'][0] if len(o['loader_x'])==1 else o['loader_x']
-        a,b = came.values() if hasattr(came, 'values') else came
-        assert_close(o['pred'], model(o['plan'].mix(a), o['plan'].mix(b)))
-        assert_close(o['loss'], soft_loss(o))
-
-@pytest.mark.parametrize('mixer', [MixUp(1.), CutMix(), OneOf(MixUp(1.), CutMix(), per_batch=False)], ids=repr)
-def test_picture_table_and_categories(mixer):
-    "Pictures cut, what belongs to them blended by the share of the picture that is left"
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.emb,self.out = nn.Embedding(6, 3),nn.Linear(3*5*4+2+3, 2)
-        def forward(self, cat, x, num): return self.out(torch.cat([x.flatten(1), num, self.emb(cat)], 1))
-    pics,model = floats(32, 3, 5, 4),Net()
-    for b in fit(mk_dls([ints(6, 32), pics, floats(32, 2)], [y], n_inp=3), model, mixer):
-        cat,x,num = b['loader_x']
-        rest = by_share(b['plan'], lambda j: torch.cat([num[j], model.emb.weight[cat[j]]]))
-        assert_close(b['pred'], model.out(torch.cat([b['plan'].mix(x).flatten(1), rest], 1)))
-        assert_close(b['loss'], soft_loss(b))
-
-def test_partners_of_a_second_loader():
-    dl = torch.utils.data.DataLoader(list(zip(ints(3, 20, 2), y[:20])), batch_size=5)
-    model = TabularModel([(3,2)]*2, 0, 2, [9], use_bn=False)
-    first = next(iter(dl))
-    b = fit(mk_dls([ints(3, 32, 2)], [y]), model, MixUp(1., partners=SecondLoader(dl)))[0]
-    x = torch.cat([b['loader_x'][0], first[0]])
-    assert (b['plan'].idx>=8).all()
-    assert_close(b['pred'], model.layers(by_share(b['plan'], lambda j: torch.cat([e.weight[x[j,i]] for i,e in enumerate(model.embeds)]))))
-
-@pytest.mark.parametrize('shape', [(2,9), (1,4,3,5)], ids=['signals','volumes'])
-@pytest.mark.parametrize('mixer', [MixUp(1.), CutMix()], ids=repr)
-def test_signals_and_volumes(mixer, shape):
-    model = nn.Sequential(nn.Flatten(), nn.LazyLinear(2))
-    model(torch.randn(2, *shape))
-    for b in fit(mk_dls([floats(32, *shape)], [y]), model, mixer):
-        x,plan = b['loader_x'][0],b['plan']
-        if isinstance(mixer, MixUp): want = by_share(plan, lambda j: x[j])
-        else: want = torch.stack([torch.where(plan.region[i], x[j], x[i]) for i,j in enumerate(plan.idx)])
-        assert_close(b['pred'], model(want))
-        assert_close(b['loss'], soft_loss(b))
-
-# Refused
-
-class Counted(nn.Module):
-    "A model with running means, that makes floats of integers in a way of its own"
-    def __init__(self, f, n=6):
-        super().__init__()
-        self.bn,self.emb,self.out,self.f = nn.BatchNorm1d(n),nn.Embedding(9, n),nn.Linear(n, 2),f
-    def forward(self, x): return self.out(self.bn(self.f(self, x)))
-
-def many_hot(x):
-    res = torch.zeros(len(x), 6)
-    res[torch.arange(len(x))[:,None],x % 6] = 1.
-    return res
-
-def moved(x):
-    res = torch.zeros_like(x.detach().as_subclass(torch.Tensor))
-    res[:,1:] = x[:,:-1]
-    return res
-
-@pytest.mark.parametrize('f,what', [
-    (lambda m,x: x.float(), 'followed into float'), (lambda m,x: x/9, 'have the data block give numbers as floats'),
-    (lambda m,x: m.emb(x.sum(1) % 9), 'followed into embedding'), (lambda m,x: m.emb(x.argsort(0)).mean(1), 'followed into embedding'),
-    (lambda m,x: torch.zeros(len(x), 6), 'looks nothing up by it'), (lambda m,x: m.emb(torch.tensor(x.tolist())).mean(1), 'followed into tolist'),
-    (lambda m,x: F.linear(x, m.out.weight), 'linear does not take'), (lambda m,x: m.emb(x[:,0]) + x.float(), 'followed into float'),
-    # The first column is looked up, and another is read in a way that would be the sample's own alone
-    (lambda m,x: m.emb(x[:,0]) + m.emb(torch.tensor(x[:,1].tolist())), 'followed into tolist'), (lambda m,x: m.emb(x[:,0]) + m.emb(torch.from_numpy(x[:,1].numpy())), 'into numpy'),
-    (lambda m,x: m.emb(x[:,0]) + torch.stack([m.emb.weight[int(o)] for o in x[:,1]]), 'followed into __int__'), (lambda m,x: m.emb(x[:,0]) + (x==5).float(), 'tells the parts'),
-    (lambda m,x: m.emb(x[:,0]) + m.emb(torch.where(x[:,1]>4, 1, 2)), 'tells the parts'), (lambda m,x: m.emb(x[:,0]) + (x[:,1:2]==torch.arange(6)).float(), 'tells the parts'),
-    (lambda m,x: m.emb(x[:,0]) + m.emb.weight[:,x[:,1] % 6].T[:,:6], 'followed into __getitem__'),
-    # What is written elsewhere, and what is made of integers that can only be counted with
-    (lambda m,x: m.emb(x[:,0]) + many_hot(x), 'writes into another tensor'), (lambda m,x: m.emb(x[:,0]) + torch.zeros(len(x), 9).scatter_(1, x, 1.)[:,:6], 'another tensor'),
-    (lambda m,x: m.emb(x[:,0]) + torch.zeros(len(x), 9, dtype=torch.bool).scatter_(1, x, True)[:,:6], 'another tensor'),
-    (lambda m,x: m.emb(x[:,0]) + m.emb(moved(x)).mean(1), 'another tensor'),
-    (lambda m,x: (m.emb(x)*(torch.arange(6)<=x.argmax(1, keepdim=True))[...,None]).mean(1), 'tells the parts'), (lambda m,x: m.emb(x[:,0])*(x.sum(1, keepdim=True)>24), 'tells the parts'),
-    (lambda m,x: m.emb(x[:,0])*x.sum(1)[0].item(), 'followed into item'), (lambda m,x: m.emb(x[:,0])*(x.max(1, keepdim=True).values>7), 'tells the parts'),
-    (lambda m,x: m.emb(x[:,0])*(2 if 4 in x[0] else 1), 'followed into __contains__'), (lambda m,x: m.emb(x[:,0])*sum(map(bool, x.flatten())), 'followed into __bool__')])
-def test_integers_without_an_embedding(f, what):
-    "An error that names the input and the way out; the learner is as it was"
-    model = Counted(f)
-    learn = mk_learn(mk_dls([ints(9, 32, 6)], [y]), model, cbs=MixUp())
-    own,state = learn.loss_func,{k:v.clone() for k,v in model.state_dict().items()}
-    with pytest.raises(TypeError, match=what): learn.fit(1)
-    if 'linear' in what: learn('after_fit')   # the model itself has failed, and the next event heals
-    assert learn.loss_func is own
-    for k,v in model.state_dict().items(): assert v.equal(state[k])
-    assert not model._forward_pre_hooks
-    learn.remove_cb(MixUp)
-    if 'linear' not in what: quiet_fit(learn)
-
-@pytest.mark.parametrize('idx', [torch.arange(8).roll(1), torch.zeros(8, dtype=torch.int64)], ids=['shuffle','one'])
-@pytest.mark.parametrize('f', [lambda x: x.max().item(), lambda x: int(x.max()), lambda x: bool(x.min()>=0), lambda x: x.amax()<9, lambda x: (x.argmax(1)<9).all(),
-    lambda x: len(x)>1 and x.sum()>3, lambda x: x.sort(1).values.shape, lambda x: x.unique().ndim])
-def test_what_is_said_of_all_parts_may_be_asked(f, idx):
-    "Such as the largest index of a batch, by which a model checks it, whoever is whose partner"
-    x = ints(9, 8, 6)
-    codes = mix_codes(BlendPlan(torch.full((8,), .6), idx), x)
-    assert f(codes)==f(x) and not codes.log
-
-def test_words_may_be_dropped_at_random():
-    "The same ones of all parts, with as many random numbers as without mixing"
-    x,w = ints(9, 8, 6),floats(9, 4)
-    plan = Blend(1.).draw(x)
-    def masked(x): return x.masked_fill(torch.randint_like(x, 0, 100)<30, 8)
-    torch.manual_seed(1)
-    masked(x)
-    after = torch.rand(1)
-    torch.manual_seed(1)
-    codes = mix_codes(plan, x)
-    got = F.embedding(masked(codes), w)
-    assert torch.rand(1).equal(after) and not any(isinstance(o, Exception) for o in codes.log)
-    torch.manual_seed(1)
-    dropped = torch.randint_like(x, 0, 100)<30
-    assert_close(got, torch.where(dropped[...,None], w[8], by_share(plan, lambda j: w[x[j]])))
-
-def test_vectors_that_were_made_for_inference():
-    with torch.inference_mode(): w = floats(9, 4)
-    x = ints(9, 8, 6)
-    plan = Blend(1.).draw(x)
-    with torch.no_grad(): assert_close(F.embedding(mix_codes(plan, x), w), by_share(plan, lambda j: w[x[j]]))
-
-@pytest.mark.parametrize('f', [lambda x: x[[2,0,1]], lambda x: x.flip(1), lambda x: x.flip(0), lambda x: x.roll(1, 0), lambda x: torch.cat([x, x.flip(0)]),
-    lambda x: torch.cat([x, x[:,:2]], 1), lambda x: torch.stack([x[:,2],x[:,0],x[:,1]]), lambda x: torch.stack([x[:,0],x[:,2]], 1), lambda x: x[:,[1,2]],
-    lambda x: x[torch.tensor([True,False,True])], lambda x: x.index_select(0, torch.tensor([1,1])), lambda x: x.view(-1)[2:7], lambda x: x.t().contiguous()])
-def test_moved_integers(f):
-    "They take their own shares along: the reference moves vectors that are mixed already"
-    x,w = torch.arange(9).reshape(3, 3),floats(9, 4)
-    plan = BlendPlan(torch.tensor([.9,.7,.6]), torch.tensor([1,2,0]))
-    mixed = by_share(plan, lambda j: w[x[j]]).view(9, 4)
-    assert_close(F.embedding(f(mix_codes(plan, x)), w), mixed[f(x)])
+    assert_close(got, by_weight(plan, lambda j: e[j]))
 
 class TextAndKind(nn.Module):
     "Words, and one category for each text"
@@ -317,114 +236,201 @@ def test_a_mask_made_of_padding():
     "Padding is told apart, since a mixture is as long as its longest part; a second input has one dimension"
     x,kind,model = ints(9, 32, 6, low=1),ints(3, 32),TextAndKind()
     for o,n in zip(x, ints(6, 32, low=1)): o[n:] = 0
-    for b in fit(mk_dls([x,kind], [y], n_inp=2), model, MixUp(1.)):
+    for b in fit([x,kind], y, model, MixUp(1.)):
         (x0,kind0),plan = b['loader_x'],b['plan']
-        real = torch.stack([(x0[js[ws>0]]!=0).any(0) for js,ws in zip(plan.pairs, plan.shares)])
-        want = model.pool(by_share(plan, lambda j: model.words.weight[x0[j]]), real) + by_share(plan, lambda j: model.kinds.weight[kind0[j]])
-        assert_close(b['pred'], model.out(want))
+        real = torch.stack([(x0[js[ws>0]]!=0).any(0) for ws,js in rows(plan)])
+        assert ((~real).sum(1).diff()>=0).all()   # by the text's padding alone
+        text,kinds = by_weight(plan, lambda j: model.words.weight[x0[j]]),by_weight(plan, lambda j: model.kinds.weight[kind0[j]])
+        assert_close(b['pred'], model.out(model.pool(text, real) + kinds))
+
+def test_a_category_is_no_padding():
+    kind = mix_lookups(Plan.of(torch.tensor([1,0]), torch.tensor([.6,.7])), torch.tensor([0,2]), [0])
+    with pytest.raises(TypeError, match='tells the parts'): kind==0
+    assert not (kind==1).any()
+
+@pytest.mark.parametrize('mixer', mixers, ids=name_of)
+def test_padding_of_mixtures(mixer):
+    "Where all parts that have a weight are padded, whichever of two numbers stands for it"
+    x = texts()
+    x[::2][x[::2]==1] = 0
+    plan = mixer.draw(x)
+    want = torch.stack([((x[js[ws>0]]==1) | (x[js[ws>0]]==0)).all(0) for ws,js in rows(plan)])
+    mixed = mix_lookups(plan, x, [0,1])
+    assert is_padding(mixed.plain, [0,1]).equal(want)
+    model = nn.Sequential(nn.Embedding(50, 2, padding_idx=0), nn.EmbeddingBag(50, 2, padding_idx=1), nn.Embedding(50, 2))
+    assert paddings(model)==[0,1] and paddings(nn.Linear(2, 2))==[]==paddings(None)
+    n_words = mix_lookups(sort_by_padding(plan, (x,), model), x, [0,1]).mixtures.valid.any(0).view(x.shape).sum(1)
+    assert (n_words.diff()<=0).all() and n_words.sort()[0].equal((~want).sum(1).sort()[0])
+
+def test_a_part_without_weight_is_no_part():
+    "Neither for the padding, nor for what may be asked"
+    x,lam = torch.tensor([[2,3,4],[5,1,1]]),torch.tensor([0.,1.])
+    mixed = mix_lookups(Plan.of(torch.tensor([1,0]), lam), x, [1])
+    assert (mixed==1).equal(torch.tensor([[False,True,True]]*2)) and (mixed==5).equal(torch.tensor([[True,False,False]]*2))
+
+# With images, and with nothing to mix
+
+@pytest.mark.parametrize('mixer', [MixUp(1.), CutMix(), OneOf(MixUp(1.), CutMix(), per_batch=False)], ids=name_of)
+def test_image_numbers_and_categories(mixer):
+    "Images cut, what belongs to them blended by the fraction of the image that is left"
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.emb,self.out = nn.Embedding(6, 3),nn.Linear(3*5*4+2+3, 2)
+        def forward(self, cat, x, num): return self.out(torch.cat([x.flatten(1), num, self.emb(cat)], 1))
+    model = Net()
+    for b in fit([ints(6, 32), floats(32, 3, 5, 4), floats(32, 2)], y, model, mixer):
+        cat,x,num = b['loader_x']
+        rest = by_weight(b['plan'], lambda j: torch.cat([num[j], model.emb.weight[cat[j]]]))
+        assert_close(b['pred'], model.out(torch.cat([b['plan'].mix(x).flatten(1), rest], 1)))
+        assert_close(b['loss'], soft_loss(b))
+
+def test_a_mask_as_an_input_is_cut():
+    "Integers that the region lies over are cut along, and stay plain integers"
+    x,mask = floats(8, 3, 6, 6),ints(4, 8, 1, 6, 6)
+    plan = CutMix().draw(x)
+    cut,mixed = MixedInputs(plan, (mask,x)).xs
+    assert type(cut) is Tensor and cut.equal(plan.mix(mask)) and mixed.equal(plan.mix(x))
 
 def test_what_is_never_mixed_stays_integers():
-    "Without mixing, integers are given as they are: no embedding is asked for"
-    model = Counted(lambda m,x: x.float())
     for mixer in MixUp(0), MixUp(1., p=0.):
-        learn = quiet_fit(mk_learn(mk_dls([ints(9, 32, 6)], [y]), model, cbs=mixer))
-        learn.validate()
-
-@pytest.mark.parametrize('f', [lambda m,x: x.float(), lambda m,x: x/255], ids=['float','share'])
-def test_bytes_of_one_dimension_are_refused_as_numbers(f):
-    "They may be categories, of which there is no mean; with more dimensions they are pictures"
-    flat = ints(256, 32, 6).byte()
-    learn = mk_learn(mk_dls([flat], [y]), Counted(f), cbs=MixUp())
-    with pytest.raises(TypeError, match='have the data block give numbers as floats'): learn.fit(1)
-    model = Counted(lambda m,x: f(m, x).flatten(1))
-    for b in fit(mk_dls([flat.view(32, 2, 3)], [y]), model, MixUp(1.)):
-        assert (model.f(model, b['mixed'][0]) - model.f(model, by_share(b['plan'], lambda j: b['loader_x'][0][j]))).abs().max() <= .5
-
-@pytest.mark.parametrize('event', ['before_batch','after_pred'])
-def test_targets_of_sorted_texts_that_are_changed_in_place(event):
-    "Texts are put in another order, so that their targets are copies: the loss would not see the change"
-    class Changes(Callback):
-        order,run_valid = (5 if event=='before_batch' else -4),False
-    setattr(Changes, event, lambda self: self.learn.yb[0].zero_())
-    learn = mk_learn(mk_dls([texts()], [y]), classifier(), cbs=[MixUp(1.), RNNCallback(), Changes()])
-    with pytest.raises(RuntimeError, match='has changed the targets'): quiet_fit(learn)
+        for b in fit([ints(9, 32, 12)], y, Own(lambda m,x: x.float()), mixer, n_epoch=1): assert type(b['mixed'][0]) is Tensor
 
 def test_truth_values_are_refused():
-    learn = mk_learn(mk_dls([ints(2, 32, 6).bool()], [y]), Counted(lambda m,x: x.float()), cbs=MixUp())
-    with pytest.raises(TypeError, match='torch.bool'): learn.fit(1)
+    with pytest.raises(TypeError, match='torch.bool'): fit([ints(2, 32, 12).bool()], y, Own(lambda m,x: x.float()), MixUp())
 
-def test_writing_into_codes():
-    "A model that writes into its input writes into all parts"
-    x = ints(9, 8, 3)
-    plan,w = Blend(1.).draw(x),floats(9, 4)
-    codes = mix_codes(plan, x)
-    codes[:,0] = 4
-    codes.clamp_(max=6)
-    z = x.clone().clamp(max=6)
-    z[:,0] = 4
-    assert_close(F.embedding(codes, w), by_share(plan, lambda j: w[z[j]]))
+def test_bytes_of_one_dimension_are_refused_as_numbers():
+    "They may be categories, of which there is no mean; with more dimensions they are images"
+    flat = ints(256, 32, 12).byte()
+    with pytest.raises(TypeError, match='float cannot be followed'): fit([flat], y, Own(lambda m,x: x.float()), MixUp())
+    for b in fit([flat.view(32, 3, 4)], y, Own(lambda m,x: x.flatten(1)), MixUp(1.)):
+        assert (b['mixed'][0].float() - by_weight(b['plan'], lambda j: b['loader_x'][0][j])).abs().max() <= .5
 
-def test_paddings():
-    assert paddings(nn.Sequential(nn.Embedding(3, 2), nn.Embedding(3, 2, padding_idx=0), nn.EmbeddingBag(3, 2, padding_idx=2)))==[0,2]
-    assert paddings(nn.Linear(2, 2))==[]
+# What is followed, and what is refused
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64], ids=str)
+w = floats(9, 4)
+plan = Plan.of(torch.tensor([1,2,0]), torch.tensor([.9,.7,.6]))
+x = torch.arange(9).view(3, 3)
+mixed = by_weight(plan, lambda j: w[x[j]]).view(9, 4)
+
+moves = '''x[[2,0,1]] | x.flip(1) | torch.cat([x, x.flip(0)]) | torch.cat([x, x[:,:2]], 1) | torch.stack([x[:,2],x[:,0],x[:,1]])
+        x[:,[1,2]] | x[torch.tensor([True,False,True])] | x[torch.eye(3)>0] | x.view(-1)[2:7] | x.t().contiguous()
+        x[:,:2].clone().view(-1) | x.split([1,2], 1)[1] | x.chunk(2)[0] | x.unsqueeze(1).expand(3, 2, 3) | x[:0]
+        x.squeeze(0).detach() | torch.unbind(x, 1)[2] | torch.flatten(x) | x.T.long() | next(iter(x))'''
+def lines(text): return [o for line in text.split('\n') for o in line.strip().split(' | ')]
+
+def test_moved_integers():
+    "They take their weights along: the reference moves vectors that are mixed already"
+    for f in lines(moves):
+        moved,at = (eval(f, globals() | dict(x=o)) for o in (mix_lookups(plan, x),x))
+        assert isinstance(moved, Lookups) and moved.shape==at.shape, f
+        assert_close(F.embedding(moved, w), mixed[at], msg=f)
+
+of_each = '''x+2 | 2+x | other+x | x-0 | 8-x | x*1 | 1*x | x%5 | x//2 | x.clamp(2, 5) | torch.add(x, 0) | x.to(torch.int32) | x.int()
+        x.type(torch.long) | swapped[x]'''
+def test_integers_of_each_value():
+    "The reference looks them up for the sample and for its partner"
+    w,lam = floats(12, 4),plan.lam[:,None,None]
+    for f in lines(of_each):
+        made,*parts = (eval(f, globals() | dict(x=o, other=torch.tensor([0,1,2]))) for o in (mix_lookups(plan, x),x,x[plan.idx]))
+        assert_close(F.embedding(made, w), lam*w[parts[0]] + (1-lam)*w[parts[1]], msg=f)
+    turned = by_weight(plan, lambda j: w[x[j]+1]).transpose(0, 1)
+    moved = (mix_lookups(plan, x).T+1)[:,:2].reshape(-1)   # before and after
+    assert_close(F.embedding(moved, w), turned[:,:2].reshape(-1, 4))
+
+refused = dict(
+    floats='''x.float() | x/9 | x*.5 | x+.5 | x.to(w) | x.to(torch.half) | x.type(torch.float) | F.linear(x, w.T) | x@x.T | 2**x
+        x.view(torch.double) | torch.as_tensor(x, dtype=torch.float)''',
+    told_apart='''x==5 | x!=5 | 5==x | x>4 | torch.eq(x, 5) | x[:,:1]==torch.arange(3) | x==x | x==x.flip(0) | torch.equal(x, x)
+        x.bool() | torch.isin(x, i) | torch.isin(i, x) | torch.where(x>4, 1, 2) | torch.where(i>4, x, i) | x.masked_fill(i>2, 0)
+        x.nonzero() | ~x | x&1 | 5 in x | i==x | (torch.arange(9)>3)[x] | i.equal(x) | i in [x]''',
+    reduced='''x.sum() | x.sum(1) | x.float().mean() | x.max() | x.max(1) | x.argmax(1) | x.argsort(1) | x.sort(1) | x.cumsum(1)
+        x.bincount() | torch.bincount(x.flatten()) | x.unique() | x.topk(1) | x.any() | max(x) | sorted(x) | sum(x) | all(x[0])''',
+    taken_out='''x[0,0] | list(x[0]) | x.tolist() | x.item() | x[:1,:1].item() | int(x[:1,:1]) | bool(x[:1,:1]) | float(x[:1,:1])
+        x.numpy() | np.asarray(x) | np.array(x) | i.tolist()[x[:1,:1]] | range(9)[x[0,:1]] | x.__array__() | torch.from_dlpack(x)
+        x.data | x.data_ptr() | x.untyped_storage() | torch.full((2,), x[0,0]) | w.narrow(0, 0, x[0,0]) | w[:x[0,:1]]''',
+    copied='''copy.copy(x) | copy.deepcopy(x) | pickle.dumps(x) | torch.save(x, io.BytesIO()) | torch.tensor(x) | Tensor(x)
+        torch.LongTensor(x) | torch.tensor(list(x)) | i.new_tensor(x) | x.as_subclass(Tensor) | Tensor._make_subclass(Tensor, x)
+        torch.nested.nested_tensor([x]) | i.set_(x) | torch.jit.script(nn.Embedding(9, 4))(x)
+        torch.ops.aten.index_select(w, 0, x[0])''',
+    two='''torch.cat([x, i]) | torch.cat([i, x]) | torch.stack([x, i]) | torch.cat([x, x+1]) | torch.cat([x, other]) | x+x
+        x[:,0]*3+x[:,1] | x[x] | x*other | torch.clamp(x, max=x) | F.embedding(x, x)''',
+    looked_up='''w.T[:,x] | torch.ones(3, 3)[:,x%3] | w[x,x] | w[None][0,x] | w.index_select(0, x[0]) | w.gather(0, x)
+        torch.take(w, x) | F.embedding(x, torch.arange(18).view(9, 2)) | F.embedding_bag(x.T, w)
+        F.embedding_bag(x.flatten(), w, torch.tensor([0,3,6])) | F.one_hot(x[:1]) | F.cross_entropy(w[:3], x[:,0])
+        w.repeat_interleave(x[0], 0) | torch.searchsorted(i, x)''',
+    written='''x.add_(1) | x.__setitem__(0, 1) | x.clamp_(max=2) | x.zero_() | x.unsqueeze_(0) | x.t_() | x.copy_(i)
+        operator.iadd(x, 1) | operator.ior(x, 1) | x.requires_grad_() | setattr(x, "data", i) | i.copy_(x) | i.add_(x)
+        i.__setitem__(0, x[0]) | i.__setitem__(x[:,0]%3, 1) | w.__setitem__(x, 1.) | w.index_fill_(0, x[0], 1.)
+        torch.zeros(3, 9).scatter(1, x, 1.) | torch.zeros(3, 9).scatter_(1, x, 1.)
+        torch.zeros(3, 9).scatter_add_(1, x, torch.ones(3, 3)) | torch.zeros(9).index_add(0, x[0], torch.ones(3))
+        torch.zeros(9, 3).index_put((x[:,0],), torch.ones(3)) | torch.add(x, 1, out=i) | torch.cat([x, x], out=i.new_empty(0))
+        torch.index_select(w, 0, x[0], out=torch.zeros(0))''')
+
+libraries = dict(copy=copy, io=io, operator=operator, pickle=pickle)
+
+def answer_of(f, **names):
+    "The message of a `TypeError`, or what there is instead"
+    try: return eval(f, globals() | libraries | names)
+    except TypeError as e: return str(e)
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('kind', refused)
+def test_what_is_refused(kind):
+    "At once, with the way out; and nothing is written"
+    v,i = w.clone(),x.clone()
+    answers = {f: answer_of(f, w=v, i=i, x=mix_lookups(plan, x), other=mix_lookups(plan, x)) for f in lines(refused[kind])}
+    assert not {f:o for f,o in answers.items() if 'ManifoldMixUp(layers=...)' not in str(o)}
+    assert v.equal(w) and i.equal(x)
+
+def test_what_is_the_same_for_all_parts_may_be_asked():
+    mixed = mix_lookups(plan, x)
+    assert (mixed>=0).all() and not (mixed==9).any() and (mixed<9).shape==(3,3)
+    assert mixed.shape==(3,3) and len(mixed)==3 and mixed.ndim==2 and mixed.T[0].shape==(3,)
+    assert mixed.dtype==torch.int64 and mixed.device==x.device and not mixed.is_cuda
+    assert mixed.new_zeros(2).equal(torch.tensor([0,0])) and torch.zeros_like(mixed).equal(0*x) and f'{mixed}'==f'{x}'
+    assert mix_lookups(Plan.of(torch.tensor([0,1,2]), plan.lam), x).eq(5).equal(x==5)   # each with itself
+
+def test_a_refusal_in_a_fit():
+    "The learner's loss and weights are its own, and without a mixer it trains"
+    model = Own(lambda m,x: m.emb(x).mean(1) + (x==5).float())
+    learn = mk_learn(mk_dls([ints(9, 32, 12)], [y]), model, cbs=MixUp())
+    loss_func,state = learn.loss_func,copy.deepcopy(model.state_dict())
+    with pytest.raises(TypeError, match='eq tells the parts of a mixture apart. .*padding_idx'): learn.fit(1)
+    for k,v in model.state_dict().items(): assert v.equal(state[k])
+    learn.remove_cb(MixUp)
+    assert learn.loss_func is loss_func
+    quiet_fit(learn)
+
+# Vectors
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64], ids=name_of)
 def test_dtype_of_vectors(dtype):
     emb,x = nn.Embedding(9, 4).to(dtype),ints(9, 8, 3)
-    plan = Blend(1.).draw(x)
-    got = emb(mix_codes(plan, x))
-    assert got.dtype==dtype and type(got) is torch.Tensor
-    assert_close(got.double(), by_share(plan, lambda j: emb.weight[x[j]].double()), rtol=.01, atol=.01)
+    plan = MixUp(1.).draw(x)
+    got = emb(mix_lookups(plan, x))
+    assert got.dtype==dtype and type(got) is Tensor
+    assert_close(got.double(), by_weight(plan, lambda j: emb.weight[x[j]].double()), rtol=.01, atol=.01)
 
-# Interrupted, or called more often
-
-class WordsNorm(nn.Module):
-    "Categories, with running means"
-    def __init__(self):
-        super().__init__()
-        self.emb,self.bn,self.out,self.live = nn.Embedding(9, 3),nn.BatchNorm1d(18),nn.Linear(18, 2),False
-    def forward(self, x):
-        h = self.bn(self.emb(x).flatten(1))
-        if self.live: raise KeyboardInterrupt
-        return self.out(h)
-
-@pytest.mark.parametrize('heal', ['validate','get_preds','__getstate__','remove_cb'])
-def test_weights_that_are_loaded_after_an_interruption_stay(heal):
-    model = WordsNorm()
-    learn = quiet_fit(mk_learn(mk_dls([ints(9, 32, 6)], [y]), model, cbs=MixUp()))
-    best = {k:v.clone() for k,v in model.state_dict().items()}
-    model.bn.running_mean.fill_(7)
-    model.live = True
-    with pytest.raises(KeyboardInterrupt): quiet_fit(learn)
-    model.live = False
-    pickle.dumps(model)
-    model.load_state_dict(best)
-    with learn.no_logging(): getattr(learn, heal)(*[MixUp]*(heal=='remove_cb'))
-    for k,v in model.state_dict().items(): assert v.equal(best[k]), k
-    assert not any(m._forward_pre_hooks for m in model.modules())
+def test_vectors_of_a_limited_length_and_for_inference():
+    emb = nn.Embedding(9, 4, max_norm=.5)
+    short = emb.weight.data * (.5/emb.weight.data.norm(dim=1, keepdim=True)).clamp(max=1)
+    assert_close(emb(mix_lookups(plan, x)), by_weight(plan, lambda j: short[x[j]]))
+    with torch.inference_mode(): w = floats(9, 4)
+    with torch.no_grad(): assert_close(F.embedding(mix_lookups(plan, x), w), by_weight(plan, lambda j: w[x[j]]))
 
 class Twice(Callback):
     "A second gradient at the same place, as of sharpness-aware minimisation with ρ = 0"
     run_valid = False
     def before_fit(self): self.grads = []
     def before_step(self):
-        first = [p.grad.clone() for p in self.model.parameters()]
+        first = [p.grad.clone() for p in self.model.parameters() if p.grad is not None]
         self.model.zero_grad()
         self.learn.loss_func(self.model(*self.learn.xb), *self.learn.yb).backward()
-        self.grads.append((first,[p.grad.clone() for p in self.model.parameters()]))
+        self.grads.append((first,[p.grad.clone() for p in self.model.parameters() if p.grad is not None]))
 
-@pytest.mark.parametrize('model,x,mixer', [(nn.Linear(6, 2), floats(32, 6), MixUp(1.)), (WordsNorm(), ints(9, 32, 6), MixUp(1.)),
-    (nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)), floats(32, 6), ManifoldMixUp(1., layers='0'))], ids=['floats','integers','hidden'])
-def test_a_second_gradient_of_the_batch_is_the_first(model, x, mixer):
-    quiet_fit(mk_learn(mk_dls([x], [y]), model, cbs=[mixer, twice := Twice()]))
+def test_a_second_gradient_of_the_batch_is_the_first():
+    quiet_fit(mk_learn(mk_dls([ints(9, 32, 6)], [y]), Own(lambda m,x: m.emb(x)), cbs=[MixUp(1.), twice := Twice()]))
+    assert len(twice.grads)==4
     for first,second in twice.grads:
         for a,b in zip(first, second): assert_close(a, b)
-
-def test_a_batch_that_is_cancelled_leaves_the_next_one_alone():
-    "That one is not mixed, so nothing need be looked up"
-    class Skip(Callback):
-        order,run_valid = 5,False
-        def before_batch(self):
-            if not self.iter: raise CancelBatchException
-    learn = mk_learn(mk_dls([ints(9, 32, 6)], [y]), Counted(lambda m,x: x.float()), cbs=[MixUp(1., until=.1), Skip()])
-    quiet_fit(learn)

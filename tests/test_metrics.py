@@ -13,11 +13,11 @@ from sklearn.metrics import f1_score
 from torch import nn
 from torch.testing import assert_close
 from torchmetrics import CalibrationError as TorchCalibration
-from fastmix.callback import CutMix, MixUp, OneOf
-from fastmix.data import SecondLoader
-from fastmix.loss import ClassBCELoss, MultiLoss
+from fastmix.losses import ClassBCELoss, MultiLoss
 from fastmix.metrics import CalibrationError, CleanLoss, MixMetric, calibration_bins
-from helpers import Record, class_dls, mk_dls, mk_learn, quiet_fit
+from fastmix.mixers import CutMix, MixUp, OneOf
+from fastmix.partners import SecondLoader
+from helpers import class_dls, mk_dls, mk_learn, name_of, quiet_fit, Record
 
 def train(dls, metrics, mixer, model=None, loss_func=None, n_epoch=1, cbs=(), lr=0.):
     learn = mk_learn(dls, model, loss_func, metrics=metrics, cbs=[*([mixer] if mixer else []), record := Record(), *cbs])
@@ -27,25 +27,38 @@ def train(dls, metrics, mixer, model=None, loss_func=None, n_epoch=1, cbs=(), lr
     return dict(zip(names, learn.recorder.values[-1])),record.batches,learn
 
 def each_target(b):
-    "(sample, its share, its class) for each target of each sample, one by one"
+    "(sample, weight, class) for each target of each sample, one by one"
     plan = b['plan']
-    for i,(ws,js) in enumerate(zip(plan.shares.expand(plan.pairs.shape), plan.pairs)):
+    for i,(ws,js) in enumerate(zip(plan.weights.expand(plan.pairs.shape), plan.pairs)):
         for w,j in zip(ws.tolist(), js.tolist()): yield i,w,b['yb'][0][j]
 
-mixers = [MixUp(1.), MixUp(1., k=3), MixUp(1., per_batch=True), MixUp(1., p=.5), OneOf(MixUp(1.), MixUp(1., k=4), None), MixUp(0), None]
+def mean_accuracy(batches, n, head=lambda pred: pred):
+    return pytest.approx(sum(w*(head(b['pred'])[i].argmax()==y).item() for b in batches for i,w,y in each_target(b))/n, abs=1e-5)
 
-@pytest.mark.parametrize('mixer', mixers, ids=repr)
+mixers = [MixUp(1., k=3), MixUp(1., per_batch=True), MixUp(1., p=.5), OneOf(MixUp(1.), MixUp(1., k=4), None), OneOf(MixUp(1.), None, per_batch=False), MixUp(0)]
+
+@pytest.mark.parametrize('mixer', mixers, ids=name_of)
 def test_mean_over_samples(mixer):
-    "Accuracy of each target of each sample, counted by its share"
-    got,batches,_ = train(class_dls(n=64, drop_last=False), [MixMetric(accuracy)], mixer)
-    if mixer is None: assert got['train_mix_accuracy']==got['valid_mix_accuracy']
-    else: assert got['train_mix_accuracy']==pytest.approx(sum(w*(b['pred'][i].argmax()==y).item() for b in batches for i,w,y in each_target(b))/64, abs=1e-5)
-
-def test_only_training_is_weighed():
-    got,batches,learn = train(class_dls(), [MixMetric(accuracy)], MixUp(1.))
+    "Accuracy of each target of each sample, counted by its weight; of the validation set, accuracy"
+    got,batches,learn = train(class_dls(n=60, drop_last=False), [MixMetric(accuracy)], mixer)
+    assert got['train_mix_accuracy']==mean_accuracy(batches, 60)
     preds,targs = learn.get_preds()
-    assert got['valid_mix_accuracy']==pytest.approx(accuracy(preds, targs).item())
-    assert learn.validate()[1]==got['valid_mix_accuracy']
+    assert got['valid_mix_accuracy']==pytest.approx(accuracy(preds, targs).item())==learn.validate()[1]
+
+def test_without_a_mixer_it_is_the_metric_itself():
+    got,_,_ = train(class_dls(n=64, drop_last=False), [MixMetric(accuracy)], None)
+    assert got['train_mix_accuracy']==got['valid_mix_accuracy']
+    metric = MixMetric(accuracy)
+    metric.reset()
+    assert metric.value is None and metric.name=='mix_accuracy'
+
+def test_validation_after_a_batch_that_did_not_end():
+    "A preview, or Ctrl-C, leaves a mixed batch behind"
+    _,_,learn = train(class_dls(), [MixMetric(accuracy)], MixUp(1.))
+    want = learn.validate()[1]
+    learn._split(learn.dls.one_batch())
+    for event in 'before_train','before_batch': learn(event)
+    assert learn.validate()[1]==want
 
 def test_metrics_of_all_samples():
     "F1 of the samples' own targets and of their partners', by the mean of λ"
@@ -56,7 +69,7 @@ def test_metrics_of_all_samples():
     own,other = (f1_score(torch.cat(ys), pred, average='macro') for ys in zip(*((b['yb'][0],b['yb'][0][b['plan'].idx]) for b in batches)))
     assert got['train_mix_f1_score']==pytest.approx(lam*own + (1-lam)*other)
 
-def test_blended_and_cut_targets_are_weighed_already():
+def test_blended_and_cut_targets_need_no_weights():
     x,y = torch.randn(32, 6),torch.rand(32, 1)
     got,batches,learn = train(mk_dls([x], [y]), [MixMetric(mse)], MixUp(1.), nn.Linear(6, 1), MSELossFlat())
     want = [F.mse_loss(b['pred'], torch.lerp(b['yb'][0][b['plan'].idx], b['yb'][0], b['plan'].lam[:,None])).item() for b in batches]
@@ -66,16 +79,14 @@ def test_blended_and_cut_targets_are_weighed_already():
         got,batches,_ = train(mk_dls([x], [y]), [MixMetric(foreground_acc)], mixer, nn.Conv2d(3, 3, 1), CrossEntropyLossFlat(axis=1))
         def score(p, y): return foreground_acc(p[None], y[None], bkg_idx=0).item()
         if isinstance(mixer, MixUp): want = [sum(w*score(b['pred'][i], y) for i,w,y in each_target(b))/8 for b in batches]
-        else: want = [foreground_acc(b['pred'], torch.where(b['plan'].region, b['yb'][0][b['plan'].idx], b['yb'][0])).item() for b in batches]
+        else: want = [foreground_acc(b['pred'], torch.where(b['plan'].region.mask, b['yb'][0][b['plan'].idx], b['yb'][0])).item() for b in batches]
         assert got['train_mix_foreground_acc']==pytest.approx(np.mean(want), abs=1e-5)
 
 def test_targets_of_a_second_loader():
     dl = torch.utils.data.DataLoader(list(zip(torch.randn(8, 6), torch.arange(8)%4)), batch_size=8)
     got,batches,_ = train(class_dls(), [MixMetric(accuracy)], MixUp(1., partners=SecondLoader(dl)))
-    ys = [torch.cat([b['yb'][0], torch.arange(8)%4]) for b in batches]
-    for b,y in zip(batches, ys): b['yb'] = y,
-    want = [sum(w*(b['pred'][i].argmax()==y).item() for i,w,y in each_target(b))/8 for b in batches]
-    assert got['train_mix_accuracy']==pytest.approx(np.mean(want), abs=1e-5)
+    for b in batches: b['yb'] = torch.cat([b['yb'][0], torch.arange(8)%4]),
+    assert got['train_mix_accuracy']==mean_accuracy(batches, 32)
 
 class TwoHeads(nn.Module):
     def __init__(self):
@@ -89,8 +100,7 @@ def test_several_targets():
     x,kind,age = torch.randn(32, 6),torch.randint(0, 4, (32,)),torch.rand(32, 1)
     loss = MultiLoss(nn.CrossEntropyLoss(), MSELossFlat(), weights=[1,2.])
     got,batches,learn = train(mk_dls([x], [kind,age]), [MixMetric(kind_accuracy)], MixUp(1.), TwoHeads(), loss)
-    want = [sum(w*(b['pred'][0][i].argmax()==y).item() for i,w,y in each_target(b))/8 for b in batches]
-    assert got['train_mix_kind_accuracy']==pytest.approx(np.mean(want), abs=1e-5)
+    assert got['train_mix_kind_accuracy']==mean_accuracy(batches, 32, lambda preds: preds[0])
     preds,targs = learn.get_preds()
     assert preds[0].shape==(32,4) and targs[1].shape==(32,1)
 
@@ -115,16 +125,17 @@ def test_clean_loss_is_that_of_the_batch_as_it_came():
     torch.manual_seed(0)
     _,_,b = train(class_dls(), [], MixUp(1.), model(), lr=.1)
     for p,q in zip(a.model.state_dict().values(), b.model.state_dict().values()): assert p.equal(q)
+
 def test_frozen_layers_stay_as_they_are():
     model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4))
     class Freeze(Callback):
         order,run_valid = 60,False
         def before_batch(self): self.model[1].eval()
-        def after_batch(self): assert self.model.training and not self.model[1].training and self.training and self.loss_func.plan is None
+        def after_batch(self): assert self.model.training and not self.model[1].training and self.training and type(self.loss_func) is nn.CrossEntropyLoss
     train(class_dls(), [CleanLoss()], MixUp(1.), model, cbs=[Freeze()])
 
 def test_clean_loss_of_texts():
-    "A model whose predictions a callback unpacks, and whose input is looked up"
+    "A model whose predictions a callback unpacks, and which looks its input up"
     config = awd_lstm_clas_config | dict(emb_sz=10, n_hid=12, n_layers=1)
     model = get_text_classifier(AWD_LSTM, 50, 4, config=config)
     model[1].layers = nn.Linear(30, 4)
@@ -144,18 +155,19 @@ def overconfident(n=4000, c=5, t=3.):
     logits = torch.randn(n, c, generator=g)
     return logits*t,torch.multinomial(logits.softmax(1), 1, generator=g)[:,0]
 
-def same():
-    "A model that answers what it is given"
+def identity():
+    "A model that predicts its input"
     model = nn.Linear(5, 5, bias=False)
     nn.init.eye_(model.weight)
     return model
 
-@pytest.mark.parametrize('loss_func', [nn.CrossEntropyLoss(), CrossEntropyLossFlat(), ClassBCELoss()], ids=repr)
-@pytest.mark.parametrize('n_bins,norm', [(15,'l1'), (7,'l2'), (10,'max')])
+losses = [nn.CrossEntropyLoss(), CrossEntropyLossFlat(), ClassBCELoss()]
+
+@pytest.mark.parametrize('loss_func,n_bins,norm', zip(losses, (15,7,10), ('l1','l2','max')), ids=['l1','l2','max'])
 def test_calibration_error(loss_func, n_bins, norm):
     "On all of the validation set, by the probabilities that the loss stands for"
     logits,targs = overconfident(400)
-    learn = mk_learn(mk_dls([logits], [targs], bs=64), same(), loss_func, metrics=CalibrationError(n_bins, norm))
+    learn = mk_learn(mk_dls([logits], [targs], bs=64), identity(), loss_func, metrics=CalibrationError(n_bins, norm))
     probs = logits.sigmoid() if isinstance(loss_func, ClassBCELoss) else logits.softmax(1)
     want = TorchCalibration(task='multiclass', num_classes=5, n_bins=n_bins, norm=norm)(probs, targs)
     with learn.no_logging(): assert learn.validate()[1]==pytest.approx(want.item(), abs=1e-5)
@@ -164,47 +176,40 @@ def test_calibration_bins():
     "Against a loop over the samples"
     logits,targs = overconfident()
     probs = logits.softmax(1)
-    conf,acc,share = calibration_bins(probs, targs, 10)
+    conf,acc,fraction = calibration_bins(probs, targs, 10)
     for i in range(10):
         rows = [r for r in range(len(probs)) if i/10 <= probs[r].max().item() < (i+1)/10]
-        assert share[i]==pytest.approx(len(rows)/len(probs), abs=1e-3)
+        assert fraction[i]==pytest.approx(len(rows)/len(probs), abs=1e-3)
         if rows: assert acc[i]==pytest.approx(np.mean([probs[r].argmax().item()==targs[r].item() for r in rows]), abs=.01)
     assert calibration_bins(torch.tensor([[1.,0.],[1.,0.]]), torch.tensor([0,1]), 4)[1][3]==.5
-    assert share.sum()==pytest.approx(1) and conf[0].isnan()==(share[0]==0)
+    assert fraction.sum()==pytest.approx(1) and conf[0].isnan()==(fraction[0]==0)
 
-@pytest.mark.parametrize('loss_func', [nn.CrossEntropyLoss(), CrossEntropyLossFlat()], ids=repr)
+@pytest.mark.parametrize('loss_func', losses, ids=name_of)
 def test_plot_calibration(loss_func):
     logits,targs = overconfident(400)
-    learn = mk_learn(mk_dls([logits], [targs], bs=64), same(), loss_func)
+    learn = mk_learn(mk_dls([logits], [targs], bs=64), identity(), loss_func)
     ax = learn.plot_calibration(n_bins=10)
-    want = 100*TorchCalibration(task='multiclass', num_classes=5, n_bins=10)(logits.softmax(1), targs).item()
+    probs = logits.sigmoid() if isinstance(loss_func, ClassBCELoss) else logits.softmax(1)
+    want = 100*TorchCalibration(task='multiclass', num_classes=5, n_bins=10)(probs, targs).item()
     assert f'{want:.1f} %' in ax.get_title()
-    line = ax.lines[1]
-    assert_close(torch.tensor(line.get_ydata()), calibration_bins(logits.softmax(1), targs, 10)[1], equal_nan=True)
+    assert_close(torch.tensor(ax.lines[1].get_ydata()), calibration_bins(probs, targs, 10)[1], equal_nan=True)
     plt.close('all')
-
-def test_what_has_no_reliability_diagram():
-    learn = mk_learn(mk_dls([torch.randn(16, 6)], [torch.rand(16, 1)]), nn.Linear(6, 1), MSELossFlat())
-    with pytest.raises(ValueError, match='one class for each sample'): learn.plot_calibration()
-
-# Tables
 
 def test_calibration_of_a_table():
     "Whose targets have the shape (n, 1), int8"
     rng = np.random.default_rng(0)
     df = pd.DataFrame(dict(a=rng.normal(size=200), b=rng.choice(['x','y'], 200), kind=rng.choice(['u','v'], 200)))
     dls = TabularDataLoaders.from_df(df, procs=[Categorify], cat_names=['b'], cont_names=['a'], y_names='kind', y_block=CategoryBlock(), bs=32)
-    learn = tabular_learner(dls, [8], metrics=[CalibrationError()], cbs=MixUp(1.))
-    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    learn = quiet_fit(tabular_learner(dls, [8], metrics=[CalibrationError()], cbs=MixUp(1.)))
     with learn.no_bar(): probs,targs = learn.get_preds()
-    conf,acc,share = calibration_bins(probs, targs[:,0])
-    want = (share*(acc-conf).abs()).nansum().item()
+    conf,acc,fraction = calibration_bins(probs, targs[:,0])
+    want = (fraction*(acc-conf).abs()).nansum().item()
     assert learn.recorder.values[-1][-1]==pytest.approx(want, abs=1e-5)
     assert learn.plot_calibration().get_title()==f'calibration error {100*want:.1f} %'
     plt.close('all')
 
 @pytest.mark.parametrize('y', [torch.rand(32, 1), torch.rand(32, 4).round().long()], ids=['numbers','labels'])
-def test_calibration_of_no_classes_is_refused(y):
+def test_calibration_needs_classes(y):
     learn = mk_learn(mk_dls([torch.randn(32, 6)], [y]), loss_func=lambda p, y: p.square().mean(), metrics=[CalibrationError()])
     with pytest.raises(ValueError, match='one class for each sample'): quiet_fit(learn)
     with learn.no_bar(), pytest.raises(ValueError, match='one class for each sample'): learn.plot_calibration()

@@ -48,8 +48,8 @@ for m in pkgutil.iter_modules(fastmix.__path__):
     except ImportError as e: assert m.name=='lightning' and 'pip install "fastmix[lightning]"' in str(e), (m.name,e)
     else: assert m.name!='lightning'
 assert not {'lightning','tensorboard','wandb','torchmetrics','timm','accelerate'} & sys.modules.keys()
-from fastmix.tensorboard import open_writer
-try: open_writer()
+from fastmix.log import _open_writer
+try: _open_writer(None)
 except ImportError as e: assert 'pip install "fastmix[tensorboard]"' in str(e)
 else: assert False
 print(fastmix.__file__, version('fastmix'))

@@ -55,7 +55,7 @@ def test_pages(site, url, page, scheme, width):
     page.emulate_media(color_scheme=scheme)
     page.set_viewport_size(dict(width=width, height=900))
     names = [o.relative_to(site).as_posix() for o in site.rglob('*.html')]
-    assert {'index.html', 'core.html'} <= set(names)
+    assert {'index.html', 'mixers.html', 'inside.html'} <= set(names)
     for name in names:
         page.goto(url+name, wait_until='networkidle')
         pics = page.eval_on_selector_all('img', 'els => els.filter(o => !o.naturalWidth).map(o => o.outerHTML.slice(0, 99))')
@@ -77,7 +77,7 @@ def test_symbol(url, page):
     "A name in backticks leads to its definition"
     page.goto(url)
     page.click('main a:has(code:text-is("MixUp")) >> nth=0')
-    page.wait_for_url('**/callback.html#mixup')
+    page.wait_for_url('**/mixers.html#mixup')
     assert page.locator(':target').inner_text().startswith('MixUp')
     assert not page.faults
 
