@@ -78,7 +78,7 @@ def class_loss(
     *outer,f = layers = loss_layers(loss_func)
     if not _is_one_of(_class_losses, layers): return None
     options = ClassLoss._fields[1:-1]
-    res = ClassLoss(f, **{k:getattr(f, k) for k in options if hasattr(f, k)})
+    res = ClassLoss(f, *map(partial(getattr, f), options, ClassLoss._field_defaults.values()))
     for o in reversed(outer):
         if isinstance(o, partial) and not o.args and o.keywords.keys()<={*options}: res = res._replace(**o.keywords)
         elif isinstance(o, BaseLoss) and o.flatten and o.is_2d and o.axis: res = res._replace(axis=o.axis)
@@ -105,5 +105,7 @@ def mixes_losses(
     y_int:bool=None, # Decide for the loss: are its targets classes, so that the losses are mixed?
 ) -> bool: # True: mix the losses on both targets. False: blend the targets
     "Are the losses mixed, or the targets? `y_int` decides, or else the loss's own `y_int`; else only floats in a standard loss are blended"
-    if y_int is None: y_int = next((f.y_int for f in loss_layers(loss_func) if hasattr(f, 'y_int')), None)
-    return not (y.is_floating_point() and is_standard(loss_func)) if y_int is None else y_int
+    if y_int is not None: return y_int
+    for f in loss_layers(loss_func):
+        if hasattr(f, 'y_int'): return f.y_int
+    return not (y.is_floating_point() and is_standard(loss_func))

@@ -149,15 +149,13 @@ def mix_lookups(
     return Lookups(values, at, Mixtures(parts.flatten(1), weights.flatten(1), valid.flatten(1)))
 
 # %% ../nbs/08_inputs.ipynb #15113f4e
-def _is_looked_up(plan, x): return is_categorical(x) and plan.is_blended(x)
-
 def sort_by_padding(
     plan:Plan, # How the batch is mixed
     xb:tuple, # Inputs, each (n, ...)
     model:nn.Module, # That knows what stands for padding in integers
 ) -> Plan: # For the same mixtures, in the order of their length; `plan` itself where nothing is padded
     "Put mixtures with little padding before those with much, as models of texts expect them"
-    texts = [x for x in xb if _is_looked_up(plan, x)]
+    texts = [x for x in xb if is_categorical(x) and plan.is_blended(x)]
     pads = paddings(model) if texts else []
     if not pads: return plan
     valid = mix_lookups(plan, max(texts, key=Tensor.numel), pads).mixtures.valid.any(0)
@@ -170,7 +168,7 @@ class MixedInputs:
         plan:Plan, # How the batch is mixed
         xs:tuple, # Inputs, each (n, ...)
         model:nn.Module=None, # That looks integers up, and knows what stands for padding among them
-    ): self.xs = [mix_lookups(plan, x, paddings(model)) if _is_looked_up(plan, x) else plan.mix(x) for x in xs]
+    ): self.xs = [mix_lookups(plan, x, paddings(model)) if is_categorical(x) and plan.is_blended(x) else plan.mix(x) for x in xs]
 
     def check(self): "After the model: an error if it has not mixed what was left to it"
     def close(self): "After the batch, however it ended"

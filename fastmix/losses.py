@@ -264,7 +264,7 @@ def mix_targets(
     mixed = [mixes_losses(f, y, False if soft and y_int is None and y.is_floating_point() else y_int) for f,y in zip(losses, yb)]
     if not isinstance(loss_func, MultiLoss): mixed = [any(mixed)]*len(yb)   # one loss of them all
     mixed = [m and plan.is_blended(y) for m,y in zip(mixed, yb)]
-    return tuple(y if m else _mix_target(f, plan, y) for f,y,m in zip(losses, yb, mixed)),mixed
+    return tuple([y if m else _mix_target(f, plan, y) for f,y,m in zip(losses, yb, mixed)]),mixed
 
 # %% ../nbs/07_losses.ipynb #65dcacf9
 class MixLoss(nn.Module):
