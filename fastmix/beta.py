@@ -55,7 +55,7 @@ class RegionMix(BetaMix):
         rng:np.random.Generator, # Random stream
     ) -> Region: # `Boxes`, `Mask` or `ShrunkBoxes`, one for each λ
         "Where to paste"
-        raise NotImplementedError(f'{type(self).__name__} must define region')
+        raise NotImplementedError(f'{type(self).__name__} must define region(lam, size, rng), which returns Boxes, a Mask or ShrunkBoxes, as CutMix does')
 
     def plan_for(self, d, alpha):
         lam,size = draw_lam(self.n_lam(d), alpha, d.rng, self.fold),image_size(d.x)

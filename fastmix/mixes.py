@@ -121,7 +121,7 @@ class Mixer:
         d:Draw, # What to draw it from
     ) -> Plan: # On any device
         "What a subclass defines"
-        raise NotImplementedError(f'{type(self).__name__} must define make_plan')
+        raise NotImplementedError(f'{type(self).__name__} must define make_plan(d), which returns a Plan, as ResizeMix does')
 
     def n_lam(self,
         d:Draw, # What a plan is drawn from

@@ -1,4 +1,4 @@
-"Site and README without Quarto, which can't come from PyPI; whoever has it can run nbdev-docs and nbdev-readme instead"
+"Site and README without Quarto, which can't come from PyPI; where it is installed, nbdev-docs and nbdev-readme work too"
 import html, re, shutil, sys
 from importlib.resources import files
 from urllib.parse import unquote
@@ -83,7 +83,7 @@ def no_echo(cell):
     if cell.directives_.get('echo')=='false': cell.metadata['transient'] = dict(remove_source=True)
 
 def readme():
-    "Write README.md and the pictures in it"
+    "Write README.md and its images"
     from fastcore.nbio import nb2str
     from nbconvert import MarkdownExporter
     from nbdev.process import NBProcessor

@@ -11,6 +11,7 @@ from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from torch import nn
 from torch.testing import assert_close
+from fastmix.beta import RegionMix
 from fastmix.check import check_losses, check_mix
 from fastmix.losses import MixLoss
 from fastmix.manifold import ManifoldMixUp
@@ -273,6 +274,7 @@ def test_bad_alpha(cls, alpha):
     (lambda: MixUp(partners=lambda x: x), TypeError, 'called as partners.xb, yb, rng.'), (lambda: MixUp(partners='same_class'), TypeError, 'it is a str'),
     (lambda: MixUp(partners=lambda xb,yb,rng: None).draw(torch.rand(4, 2)), ValueError, 'returned a NoneType'),
     (lambda: MixUp(partners=SecondLoader([])).draw(torch.rand(4, 2)), ValueError, 'append_partners'),
+    (lambda: RegionMix(1.).draw(torch.rand(4, 1, 2, 2)), NotImplementedError, r'RegionMix must define region\(lam, size, rng\).*as CutMix does'),
     (lambda: CutMix().draw(torch.rand(4, 2)), ValueError, 'no place to cut a box from'),
     (lambda: SaliencyMix(saliency=lambda x: x).draw(torch.rand(4, 1, 2, 2)), ValueError, 'saliency must return a map')])
 def test_each_mistake_has_its_sentence(make, error, what):

@@ -58,8 +58,8 @@ def test_pages(site, url, page, scheme, width):
     assert {'index.html', 'mixers.html', 'inside.html'} <= set(names)
     for name in names:
         page.goto(url+name, wait_until='networkidle')
-        pics = page.eval_on_selector_all('img', 'els => els.filter(o => !o.naturalWidth).map(o => o.outerHTML.slice(0, 99))')
-        assert not pics, f'{name} has pictures that do not load: {pics}'
+        images = page.eval_on_selector_all('img', 'els => els.filter(o => !o.naturalWidth).map(o => o.outerHTML.slice(0, 99))')
+        assert not images, f'{name} has images that do not load: {images}'
         assert page.evaluate('document.documentElement.scrollWidth <= innerWidth'), f'{name} is wider than the screen'
         body = page.inner_text('body')
         assert '\\(' not in body and '\\[' not in body, f'{name} has a formula that is not drawn'

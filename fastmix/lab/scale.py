@@ -1,4 +1,4 @@
-"""The paper's model, optimizer and augmentation, for whoever has a GPU
+"""The paper's model, optimizer and augmentation, for a GPU
 
 Docs: https://fastmix.github.io/fastmix/scale.html.md"""
 
