@@ -184,7 +184,10 @@ class JoinedPlan(Plan):
 
     def is_blended(self, y): return any(o.is_blended(y) for _,o in self.parts)
     def targets(self, y): return self.join(lambda o: _padded(t := o.targets(y) if o.is_blended(y) else o.mix(y)[:,None], t[:,:1], self.k))
-    def to(self, device): return JoinedPlan([(rows.to(device),o.to(device)) for rows,o in self.parts], self.in_order)
+    def to(self, device):
+        if self.pairs.device==torch.device(device): return self
+        return JoinedPlan([(rows.to(device),o.to(device)) for rows,o in self.parts], self.in_order)
+
     def leave(self, rows): return JoinedPlan([(at,o.leave(rows[at])) for at,o in self.parts], self.in_order)
     def without_partner_targets(self, yb):
         for _,o in self.parts: o.without_partner_targets(yb)
