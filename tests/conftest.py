@@ -1,7 +1,7 @@
 import os, random
 from pathlib import Path
 
-import numpy as np, pytest, torch
+import matplotlib.pyplot as plt, numpy as np, pytest, torch
 
 os.environ['WANDB_MODE'] = 'offline'   # read once, when wandb is first used
 
@@ -12,7 +12,8 @@ def root():
 
 @pytest.fixture(autouse=True)
 def seed():
-    "Each test draws the same numbers, alone or after others"
+    "Each test draws the same numbers, alone or after others, and into figures of its own"
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+    plt.close('all')
