@@ -13,7 +13,7 @@ from fastcore.meta import delegates
 
 from .core import *
 from .handler import *
-from .mixes import *
+from .mixer_base import *
 from .plan import *
 from .regions import *
 
@@ -32,7 +32,7 @@ class BetaMix(MixHandler):
         **kwargs # For `MixHandler`
     ):
         super().__init__(per_batch=per_batch, **kwargs)
-        self.alpha,self.fold = check_schedule('alpha', alpha, check_alpha),fold
+        self.alpha,self.fold = check_schedule('alpha', alpha, check_alpha),check_flag('fold', fold)
 
     def make_plan(self, d):
         alpha = check_alpha(value_at(self.alpha, d.pct))
@@ -52,7 +52,7 @@ class RegionMix(BetaMix):
     def region(self,
         lam:Tensor, # (bs,), or (1,) for the whole batch: fraction of the image to keep
         size:tuple, # Shape of the image, signal or volume, d numbers
-        rng:np.random.Generator, # Random stream
+        rng:np.random.Generator, # Random generator
     ) -> Region: # `Boxes`, `Mask` or `ShrunkBoxes`, one for each λ
         "Where to paste"
         raise NotImplementedError(f'{type(self).__name__} must define region(lam, size, rng), which returns Boxes, a Mask or ShrunkBoxes, as CutMix does')

@@ -35,7 +35,7 @@ def blend(
 
 # %% ../nbs/01_blend.ipynb #26d3ec68
 def _blend_gathered(x, pairs, weights, in_order):
-    if pairs.shape[1]==2: return blend(x[:len(pairs)] if in_order else x[pairs[:,0]], x[pairs[:,1]], weights[:,0])
+    if pairs.shape[1]==2: return blend(without_partners(x, pairs, in_order), x[pairs[:,1]], weights[:,0])
     return _in_floats(x, lambda dtype: sum(unsqueeze_as(w, x).to(dtype)*x[j].to(dtype) for j,w in zip(pairs.unbind(1), weights.unbind(1))))
 
 def blend_rows(

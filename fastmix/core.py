@@ -1,4 +1,4 @@
-"""The random stream, λ, partners, and nests of tensors
+"""The random generator, λ, partners, and nests of tensors
 
 Docs: https://fastmix.github.io/fastmix/core.html.md"""
 
@@ -14,8 +14,9 @@ import numpy as np, torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['private_rng', 'check_alpha', 'check_fraction', 'draw_lam', 'draw_weights', 'draw_partners', 'unsqueeze_as',
-           'as_plain', 'is_numeric', 'is_categorical', 'tensors_in', 'map_tensors']
+__all__ = ['private_rng', 'check_alpha', 'check_fraction', 'check_count', 'check_flag', 'draw_lam', 'draw_weights',
+           'draw_partners', 'unsqueeze_as', 'without_partners', 'as_plain', 'is_numeric', 'is_categorical',
+           'tensors_in', 'map_tensors', 'sequence_like', 'fill_nest']
 
 # %% ../nbs/00_core.ipynb #3bb8e617
 def _rank():
@@ -23,10 +24,10 @@ def _rank():
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else int(os.environ.get('RANK') or 0)
 
 def private_rng() -> np.random.Generator: # Different in each process of a distributed run
-    "A random stream seeded from the state of Python's, NumPy's and torch's global streams, none of which it advances; the next one differs"
+    "A random generator seeded from the state of Python's, NumPy's and torch's global generators, none of which it advances; the next one differs"
     state = np.random.get_state(legacy=False)
     seed = repr((random.getstate(), state)).encode() + torch.get_rng_state().numpy().tobytes()
-    if not state['has_gauss']: np.random.set_state(state | dict(gauss=state['gauss']+1))   # counts streams where no draw reads
+    if not state['has_gauss']: np.random.set_state(state | dict(gauss=state['gauss']+1))   # counts generators where no draw reads
     return np.random.default_rng([int.from_bytes(hashlib.blake2b(seed, digest_size=16).digest(), 'little'), _rank()])
 
 # %% ../nbs/00_core.ipynb #ff789110
@@ -46,11 +47,28 @@ def check_fraction(
     if isinstance(value, numbers.Real) and 0<=value<=1: return float(value)
     raise ValueError(f'{name} must be a fraction between 0 and 1, but it is {value!r}')
 
+def check_count(
+    name:str, # Of the argument
+    value:int, # How many
+    least:int=1, # The smallest that will do
+) -> int: # The same
+    "`value` if it is an integer of at least `least`, else a `ValueError` that names it"
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool) and value>=least: return int(value)
+    raise ValueError(f'{name} must be an integer of at least {least}, but it is {value!r}')
+
+def check_flag(
+    name:str, # Of the argument
+    value:bool, # On or off
+) -> bool: # The same
+    "`value` if it is True or False, else a `TypeError` that names it"
+    if isinstance(value, (bool,np.bool_)): return bool(value)
+    raise TypeError(f'{name} must be True or False, but it is {value!r}: pass all arguments but the first by name')
+
 # %% ../nbs/00_core.ipynb #b5131b95
 def draw_lam(
     n:int, # How many
     alpha:float, # Parameter of the Beta distribution, above 0: small for mixtures close to one of the two samples, large for halves
-    rng:np.random.Generator, # Random stream
+    rng:np.random.Generator, # Random generator
     fold:bool=True, # Replace λ by max(λ, 1-λ)?
 ) -> Tensor: # (n,), float32
     "Draw `n` values of λ from Beta(`alpha`,`alpha`), the weight of a sample in its own mixture"
@@ -62,7 +80,7 @@ def draw_weights(
     n:int, # How many
     alpha:float, # Parameter of the Dirichlet distribution, above 0: small for mixtures close to one of the samples
     k:int, # Samples in each mixture
-    rng:np.random.Generator, # Random stream
+    rng:np.random.Generator, # Random generator
     fold:bool=True, # Largest weight first?
 ) -> Tensor: # (n, k), float32: each row sums to 1
     "Draw the weights of `k` samples from a symmetric Dirichlet distribution"
@@ -72,7 +90,7 @@ def draw_weights(
 # %% ../nbs/00_core.ipynb #fb122664
 def draw_partners(
     bs:int, # Batch size
-    rng:np.random.Generator, # Random stream
+    rng:np.random.Generator, # Random generator
     n_extra:int=0, # Samples that follow the batch and serve as partners only; where there are any, they are the partners
 ) -> Tensor: # (bs,), int64: the position of each sample's partner
     "Draw a permutation of the batch, or of what follows it: no sample is a partner twice before all have been once"
@@ -86,6 +104,16 @@ def unsqueeze_as(
 ) -> Tensor: # (n, 1, ...), of `x`'s rank
     "View `lam` so that it broadcasts over all but the first dimension of `x`"
     return lam.view(-1, *[1]*(x.ndim-1))
+
+# %% ../nbs/00_core.ipynb #6be73eb6
+def without_partners(
+    x:Tensor, # (n, ...) The samples, and any after them that are partners only
+    pairs:Tensor, # (bs, k), int64: the positions of each sample and of its partners
+    in_order:bool=True, # Are the first of `pairs` the positions 0 to bs-1, in order?
+) -> Tensor: # (bs, ...): `x` itself, or a view of it, if it can be
+    "The samples themselves, in the order of `pairs`"
+    if not in_order: return x[pairs[:,0]]
+    return x if len(x)==len(pairs) else x[:len(pairs)]
 
 # %% ../nbs/00_core.ipynb #2cf1d057
 def as_plain(
@@ -128,5 +156,19 @@ def map_tensors(
     if isinstance(o, Tensor): return f(o)
     if isinstance(o, Mapping): return {k: map_tensors(f, v) for k,v in o.items()}
     if not isinstance(o, (tuple,list)): return o
-    res = [map_tensors(f, v) for v in o]
-    return type(o)(*res) if hasattr(o, '_fields') else type(o)(res)
+    return sequence_like(o, [f(v) if isinstance(v, Tensor) else map_tensors(f, v) for v in o])
+
+def sequence_like(
+    o, # A tuple, named or not, or a list
+    items:list, # As many
+): # Of the class of `o`
+    "`items`, as a tuple or list like `o`"
+    return type(o)(*items) if hasattr(o, '_fields') else type(o)(items)
+
+def fill_nest(
+    o, # A tensor, or a nest of tuples, lists and mappings
+    values:list, # One for each tensor in it, in order
+): # The same nest
+    "Put `values` in place of the tensors in a nest"
+    values = iter(values)
+    return map_tensors(lambda _: next(values), o)

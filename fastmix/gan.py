@@ -92,7 +92,7 @@ class GANMixUp(Callback):
     ): self.alpha,self.minimax,self.loss_func = check_alpha(alpha),minimax,loss_func
 
     def before_fit(self):
-        "Put back what an exception has left behind; refuse what cannot be trained; begin a new random stream"
+        "Put back what an exception has left behind; refuse what cannot be trained; begin a new random generator"
         self.after_train()
         if not hasattr(self.learn, 'gan_trainer'): raise TypeError(
             f'GANMixUp mixes what the critic of a GANLearner is called with, but this is a {type(self.learn).__name__}: for other learners use MixUp')

@@ -17,11 +17,11 @@ from ._loss_config import is_separable, mixes_losses
 from .core import *
 from .inputs import *
 from .losses import *
-from .mixes import *
+from .mixer_base import *
 from .plan import *
 
 # %% auto #0
-__all__ = ['MixedBatch', 'check_batch', 'restored', 'MixHandler', 'change_learner', 'check_single_mixer', 'check_types',
+__all__ = ['MixedBatch', 'check_batch', 'unmixed_loss', 'MixHandler', 'change_learner', 'check_single_mixer', 'check_types',
            'check_learner', 'find_mixer', 'ScheduledValue', 'ScheduleRecorder']
 
 # %% ../nbs/09_handler.ipynb #7ca3a459
@@ -42,14 +42,13 @@ class MixedBatch:
     @property
     def mixed_xb(self) -> tuple: # As `xb`, each (bs, ...)
         "The inputs to call the model with"
-        xs = iter(self.inputs.xs)
-        return map_tensors(lambda _: next(xs), self.xb)
+        return fill_nest(self.xb, self.inputs.xs)
 
     def targets(self) -> list: # k tuples of targets, each (bs, ...), and their weights (bs,)
         "The targets of each sample and of its partners, with their weights"
         loss,plan = self.loss,self.target_plan
         if not any(loss.mixed): return [(loss.yb,1.)]
-        return list(zip(targets_of_parts(plan, loss.targets, loss.mixed), plan.weights.expand(plan.pairs.shape).unbind(1)))
+        return list(zip(targets_of_parts(plan, loss.targets, loss.mixed), plan.sample_weights.unbind(1)))
 
     def was_mixed(self) -> bool:
         "Was the loss called with the targets of this batch?"
@@ -82,7 +81,7 @@ def check_batch(
             'so it cannot be mixed with its partner')
 
 # %% ../nbs/09_handler.ipynb #0a510bad
-def restored(
+def unmixed_loss(
     loss_func, # A learner's
 ): # Its own, without the loss of a batch
     "What a learner's loss is between batches"
@@ -107,11 +106,11 @@ class MixHandler(Mixer, Callback):
         self.y_int,self.soft,self.warned = y_int,soft,False
 
     def before_fit(self):
-        "Put back what an exception has left behind; refuse what cannot be trained; begin a new random stream"
+        "Put back what an exception has left behind; refuse what cannot be trained; begin a new random generator"
         self.restore()
         check_learner(self)
         self.set_rng(private_rng())
-        if hasattr(self.partners, 'begin_fit'): self.partners.begin_fit(self.learn.dls.train, self.rng)
+        if self.second_loader: self.partners.begin_fit(self.learn.dls.train, self.rng)
         self.schedules = ScheduleRecorder(self.learn, self.hyper_parameters(0.))
 
     def before_train(self):
@@ -121,7 +120,7 @@ class MixHandler(Mixer, Callback):
 
     def restore(self):
         "Put the learner's own loss back"
-        self.learn.loss_func = restored(self.learn.loss_func)
+        self.learn.loss_func = unmixed_loss(self.learn.loss_func)
         if self.record: self.record.close()
     after_batch = after_cancel_batch = restore
 
@@ -148,7 +147,7 @@ def before_batch(self:MixHandler):
     learn,pct = self.learn,getattr(self.learn, 'pct_train', 0.)
     vars(self)['record'] = None   # so that the memory of the last batch is free for this one
     check_single_mixer(learn)
-    try: record = self.mix_batch(learn.xb, learn.yb, restored(learn.loss_func), learn.model, pct)
+    try: record = self.mix_batch(learn.xb, learn.yb, unmixed_loss(learn.loss_func), learn.model, pct)
     except Exception:
         if self.schedules: self.schedules.remove_columns()
         raise
@@ -221,9 +220,9 @@ def draw_batch(self:MixHandler,
     "Draw the plan for a batch, with partners of a second loader where there is one"
     check_batch(xs, ys)
     bs = len(xs[0])
-    if hasattr(self.partners, 'append_partners'): xs,ys = self.partners.append_partners(xs, ys)
+    if self.second_loader: xs,ys = self.partners.append_partners(xs, ys)
     plan = self.draw(xs, ys, pct=pct, per_batch=self.needs_one_lam(loss_func, ys), bs=bs)
-    plan = self.arrange(plan, xs, model)
+    plan = self.adapt_plan(plan, xs, model)
     if {*map(len, ys)} <= {len(xs[0])}: return plan,plan,xs,ys
     if not self.fold: raise ValueError('Partners without targets leave each sample its own, which must then have the larger weight: mix with fold=True')
     return plan,plan.without_partner_targets(ys),xs,ys
@@ -239,7 +238,7 @@ def mix_inputs(self:MixHandler,
     return MixedInputs(plan, xs, model)
 
 @patch
-def arrange(self:MixHandler,
+def adapt_plan(self:MixHandler,
     plan:Plan, # How the batch is mixed
     xs:tuple, # Inputs, each (n, ...)
     model:nn.Module=None, # That looks up integers
@@ -305,7 +304,7 @@ def find_mixer(
 
 # %% ../nbs/09_handler.ipynb #8806ffd4
 class ScheduledValue(Metric):
-    "The last of `values`, as a column of the table of epochs"
+    "The last of `values`, as a column of the table of results"
     def __init__(self,
         values:list, # Grows with each batch
         name:str, # Of the column
@@ -319,7 +318,7 @@ class ScheduledValue(Metric):
     def name(self): return self._name
 
 class ScheduleRecorder:
-    "Scheduled hyper-parameters of a fit: columns of the table of epochs, and curves in `plot_sched`"
+    "Scheduled hyper-parameters of a fit: columns of the table of results, and curves in `plot_sched`"
     def __init__(self,
         learn:Learner, # That begins a fit
         names:list, # Of the hyper-parameters

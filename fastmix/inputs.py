@@ -140,8 +140,8 @@ def mix_lookups(
     pads:list=(), # What stands for padding among them
 ) -> Lookups: # (bs, ...)
     "The integers `x`, as mixtures by `plan`, padded where all of their parts are"
-    parts = plan.targets(as_plain(x)).transpose(0, 1)   # (k, bs, ...)
-    weights = plan.weights.expand(plan.pairs.shape).T
+    parts = plan.gather(as_plain(x)).transpose(0, 1)   # (k, bs, ...)
+    weights = plan.sample_weights.T
     weights = weights.view(*weights.shape, *[1]*(x.ndim-1)).expand(parts.shape)
     valid = (weights>0) & ~is_padding(parts, pads if x.ndim>1 else [])
     values = parts.gather(0, (valid.long() + (weights>0)).argmax(0, keepdim=True))[0]

@@ -84,7 +84,7 @@ class Mixing(pl.Callback):
         if self.mixer.hyper_parameters(0.) and _fraction_done(trainer) is None: raise ValueError(
             f'{self.mixer!r} follows a schedule, so the length of the training must be known: pass the Trainer max_epochs or max_steps')
         rng,partners = private_rng(),self.mixer.partners
-        if hasattr(partners, 'append_partners'):
+        if self.mixer.second_loader:
             partners.begin_fit(trainer.train_dataloader, rng)
             partners.ready = partial(_as_loaded, trainer, self.keys)
         if not self.resumed: self.seed = trainer.strategy.broadcast(int(rng.integers(2**63)))
@@ -106,7 +106,7 @@ class Mixing(pl.Callback):
         "Put `training_step` back, and forget the last batch"
         self.on_train_batch_end(trainer, pl_module, None, None, None)
         self.record,self.resumed = None,False
-        if hasattr(self.mixer.partners, 'append_partners'): self.mixer.partners.ready = noop
+        if self.mixer.second_loader: self.mixer.partners.ready = noop
     on_exception = teardown
 
     def state_dict(self): return dict(seed=self.seed)

@@ -7,7 +7,7 @@ Docs: https://fastmix.github.io/fastmix/log.html.md"""
 # %% ../nbs/16_log.ipynb #a4e60139
 from __future__ import annotations
 
-import math, numbers, sys
+import math, sys
 from collections import namedtuple
 
 from fastai.vision.all import *
@@ -56,9 +56,8 @@ def _captions(record, inputs, dls, max_n, vocab):
     except Exception:
         blended = list(map(plan.is_blended, ys))
         targets = [[tuple(_value(y[j], vocab) for j in row) for y in ys] for row in plan.pairs[:max_n].tolist()]
-    weights = plan.weights.expand(plan.pairs.shape).tolist()
     def caption(ws, targets): return ', '.join(filter(None, (mix_caption(ws, o) for o,b in zip(targets, blended) if b or plan.k==1)))
-    return list(map(caption, weights, targets))
+    return list(map(caption, plan.sample_weights.tolist(), targets))
 
 # %% ../nbs/16_log.ipynb #d602376a
 def _decode(dls, xb, yb): return dls.train.decode((*xb, *yb))[:len(xb)] if hasattr(getattr(dls, 'train', None), 'decode') else xb
@@ -67,10 +66,7 @@ def _first_rows(record, max_n):
     "Two nests as `record.xb`: `max_n` samples before they were mixed, and as the model saw them"
     before = [record.plan.unmixed(x) for x in record.xs]
     after = [u if isinstance(x, Lookups) else x for x,u in zip(record.inputs.xs, before)]   # integers are mixed where they are looked up
-    def nest(xs):
-        xs = iter(xs)
-        return map_tensors(lambda _: next(xs)[:max_n], record.xb)
-    return nest(before),nest(after)
+    return tuple(fill_nest(record.xb, [x[:max_n] for x in xs]) for xs in (before,after))
 
 # %% ../nbs/16_log.ipynb #a4ab7b6b
 def mix_report(
@@ -122,9 +118,8 @@ class MixReporter:
         max_n:int=9, # Show so many samples at most
         vocab:list=None, # Names of classes, for targets that are not decoded
     ):
-        if not (every is None or isinstance(every, numbers.Integral) and every>0): raise ValueError(
-            f'every must be a whole number of batches of at least 1, or None for once an epoch, but it is {every!r}')
-        self.every,self.max_n,self.vocab,self.lams = every,max_n,vocab,[]
+        if every is not None: check_count('every, the batches from one image to the next,', every)
+        self.every,self.max_n,self.vocab,self.lams = every,check_count('max_n', max_n),vocab,[]
 
     def after_batch(self,
         write:callable, # Of a `MixReport`

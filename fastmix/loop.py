@@ -45,7 +45,7 @@ def _replace(o, path, value):
     res = copy(o) if isinstance(o, Mapping) else list(o)
     res[key] = value
     if isinstance(o, Mapping): return res
-    return type(o)(*res) if hasattr(o, '_fields') else type(o)(res)
+    return sequence_like(o, res)
 
 # %% ../nbs/17_loop.ipynb #a9798330
 def _others(batch, paths):
@@ -100,7 +100,7 @@ def _check_collated(mixer):
     def refuse(why, instead): raise ValueError(f'{mixer!r} {why}: {instead}')
     if mixer.hyper_parameters(0.): refuse('follows a schedule, and a loader does not know how much of the training is done',
         'mix in the loop, by plan = mixer.draw(x, pct=fraction_done)')
-    if hasattr(mixer.partners, 'append_partners'): refuse('takes partners from a second loader, which the workers of the first cannot share',
+    if mixer.second_loader: refuse('takes partners from a second loader, which the workers of the first cannot share',
         'mix in the loop, after xb,yb = mixer.partners.append_partners(xb, yb), or use partners of the same batch, such as partners=balanced')
     if type(mixer).mix_inputs is not MixHandler.mix_inputs: refuse('mixes behind hidden layers, which a loader does not have', 'use MixUp(.4)')
     for name,unset in dict(y_int=None, soft=False).items():

@@ -52,7 +52,7 @@ def mix_class_loss(
     "The mean of the losses on a sample's targets, each by its weight, from one log-softmax of `pred`"
     pred,axis = as_plain(pred),(c.axis or 1) % pred.ndim
     logp = pred if isinstance(c.func, nn.NLLLoss) or c.func is F.nll_loss else F.log_softmax(pred, axis)
-    y = _fit_classes(plan.targets(as_plain(y).long()), pred.shape, axis, c.axis is not None)
+    y = _fit_classes(plan.gather(as_plain(y).long()), pred.shape, axis, c.axis is not None)
     keep = y != c.ignore_index
     y,lam = y*keep,per_sample(plan.weights, y).movedim(1, axis)*keep
     w = lam if c.weight is None else lam*c.weight[y]
@@ -163,7 +163,7 @@ def targets_of_parts(
     mixed:list, # For which of `yb` the losses are mixed
 ) -> list: # k tuples, of the targets (bs, ...) of each sample, then those of each partner
     "The targets of a batch, once for each sample in a mixture"
-    return list(zip(*(plan.targets(y).unbind(1) if m else [y]*plan.pairs.shape[1] for y,m in zip(yb, mixed))))
+    return list(zip(*(plan.gather(y).unbind(1) if m else [y]*plan.pairs.shape[1] for y,m in zip(yb, mixed))))
 
 # %% ../nbs/07_losses.ipynb #1e7438d5
 def mix_losses(
@@ -193,7 +193,7 @@ def soft_targets(
     ignore_index:int=-100, # Of this `y`, all probabilities are 0; None of none
 ) -> Tensor: # (bs, c, ...), float32: probabilities
     "One-hot classes, mixed"
-    y = plan.targets(as_plain(y).long())
+    y = plan.gather(as_plain(y).long())
     keep = y != ignore_index   # all, where it is None
     lam = per_sample(plan.weights, y).float().expand_as(y)*keep
     return lam.new_zeros(len(y), c, *y.shape[2:]).scatter_add_(1, y*keep, lam)
@@ -279,13 +279,12 @@ class MixLoss(nn.Module):
         check:bool=True, # Try whether a loss of your own can be mixed sample by sample?
     ):
         super().__init__()
-        self.loss_func = loss_func
         vars(self).update(plan=plan, soft=soft, calls=[], _y_int=y_int, _check=check)
-        if plan is None: self.inner = _modules_in(*loss_layers(loss_func)[1:])   # what is in fastai's losses, to move and save it
+        if plan is None: self.loss_func,self.inner = loss_func,_modules_in(*loss_layers(loss_func)[1:])   # what is in fastai's losses, to move and save it
         else:
             targets,mixed = mix_targets(loss_func, plan, targets, y_int, soft)
             yb = tuple([plan.unmixed(y) if m else y for y,m in zip(targets, mixed)])   # to call it with
-            vars(self).update(targets=targets, mixed=mixed, yb=yb)
+            vars(self).update(loss_func=loss_func, targets=targets, mixed=mixed, yb=yb)
 
     def is_for(self, yb):
         "Are `yb` the targets that this loss was made for, the same objects?"

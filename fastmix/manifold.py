@@ -77,7 +77,7 @@ def _fault(module, h, n):
     if not isinstance(h, Tensor): return f'returns a {type(h).__name__} instead of a tensor'
     if not h.ndim or len(h)!=n: return f'returns a tensor of shape {tuple(h.shape)}, which has not one row for each of the {n} samples'
     times_first = type(module) in _transformers and any(getattr(m, 'batch_first', True) is False for m in module.modules())
-    if times_first and h.ndim==3 and len(h)==h.shape[1]: return 'returns as many times as samples, and is not batch_first'
+    if times_first and h.ndim==3 and len(h)==h.shape[1]: return 'returns as many time steps as samples, and is not batch_first'
 
 # %% ../nbs/11_manifold.ipynb #2d6504b3
 class HiddenLayer(MixedInputs):
@@ -138,11 +138,11 @@ class ManifoldMixUp(MixUp):
         find_layers(get_model(self.learn.model), self.layers)
         super().before_fit()
 
-    def arrange(self, plan, xs, model=None):
+    def adapt_plan(self, plan, xs, model=None):
         names = ['input'] if model is None else find_layers(get_model(model), self.layers)
         if self.layers is None and all(x.is_floating_point() for x in xs): names = ['input',*names]
         layer = names[int(self.rng.integers(len(names)))]
-        return LayerPlan(super().arrange(plan, xs, model) if layer=='input' else plan, layer)
+        return LayerPlan(super().adapt_plan(plan, xs, model) if layer=='input' else plan, layer)
 
     def mix_inputs(self, plan, xs, model=None):
         return super().mix_inputs(plan, xs, model) if plan.layer=='input' else HiddenLayer(plan, xs, model)

@@ -17,7 +17,7 @@ from fastcore.meta import delegates
 from .beta import *
 from .core import *
 from .handler import *
-from .mixes import *
+from .mixer_base import *
 from .plan import *
 from .regions import *
 
@@ -37,8 +37,7 @@ class MixUp(BetaMix):
         **kwargs # For `MixHandler`
     ):
         super().__init__(alpha, per_batch, fold, **kwargs)
-        if not (isinstance(k, int) and k>=2): raise ValueError(f'k must be a whole number of at least 2, the samples in each mixture, but it is {k!r}')
-        self.k = k
+        self.k = check_count('k, the samples in each mixture,', k, 2)
 
     def plan_for(self, d, alpha):
         if self.k==2: return super().plan_for(d, alpha)
@@ -144,8 +143,7 @@ class GridMix(RegionMix):
         **kwargs # For `MixHandler`
     ):
         super().__init__(alpha, per_batch, fold, **kwargs)
-        if not (isinstance(cells, int) and cells>=1): raise ValueError(f'cells must be a whole number of at least 1, but it is {cells!r}')
-        self.cells = cells
+        self.cells = check_count('cells', cells)
 
     def region(self, lam, size, rng): return Mask(draw_grid_masks(lam, size, rng, self.cells), size)
 
@@ -172,7 +170,7 @@ class OneOf(MixHandler):
 
     @property
     def fold(self): return all(m.fold for m in self.mixers if m)
-    def fraction(self, pct): return 1. if pct<self.until or self.until==1 else 0.
+    def fraction(self, pct): return float(self.is_on(pct))
     def probabilities(self,
         pct:float, # Fraction of the training that is done, 0 to 1
     ) -> list: # One for each mixer, with the sum 1

@@ -27,7 +27,7 @@ __all__ = ['derange', 'same_class', 'other_class', 'balanced', 'near_target', 'c
 def derange(
     xb:tuple, # Inputs, each (bs, ...)
     yb:tuple, # Targets, each (bs, ...)
-    rng:np.random.Generator, # Random stream
+    rng:np.random.Generator, # Random generator
 ) -> Tensor: # (bs,), int64: the position of each sample's partner
     "Partners of which no sample is its own: all of the batch in one circle, each beside the next"
     circle = rng.permutation(len(xb[0]))
@@ -52,7 +52,7 @@ def _classes(yb, name):
 def same_class(
     xb:tuple, # Inputs, each (bs, ...)
     yb:tuple, # Targets, the first of them classes (bs,)
-    rng:np.random.Generator, # Random stream
+    rng:np.random.Generator, # Random generator
 ) -> Tensor: # (bs,), int64: the position of each sample's partner
     "Partners of a sample's own class, all others of it equally likely"
     y = _classes(yb, 'same_class')
@@ -62,7 +62,7 @@ def same_class(
 def other_class(
     xb:tuple, # Inputs, each (bs, ...)
     yb:tuple, # Targets, the first of them classes (bs,)
-    rng:np.random.Generator, # Random stream
+    rng:np.random.Generator, # Random generator
 ) -> Tensor: # (bs,), int64: the position of each sample's partner
     "Partners of another class than a sample's own, all of them equally likely"
     y = _classes(yb, 'other_class')
@@ -72,7 +72,7 @@ def other_class(
 def balanced(
     xb:tuple, # Inputs, each (bs, ...)
     yb:tuple, # Targets, the first of them classes (bs,)
-    rng:np.random.Generator, # Random stream
+    rng:np.random.Generator, # Random generator
 ) -> Tensor: # (bs,), int64: the position of each sample's partner
     "Partners of all the batch's classes equally often ([Balanced-MixUp](https://arxiv.org/abs/2109.09850), within a batch)"
     _,kind,counts = np.unique(_classes(yb, 'balanced'), return_inverse=True, return_counts=True)
@@ -82,7 +82,7 @@ def balanced(
 def near_target(
     xb:tuple, # Inputs, each (bs, ...)
     yb:tuple, # Targets, the first of them numbers (bs, ...)
-    rng:np.random.Generator, # Random stream
+    rng:np.random.Generator, # Random generator
     bandwidth:float=.5, # σ, in standard deviations of the batch's targets; set another with `partial(near_target, bandwidth=.1)`
 ) -> Tensor: # (bs,), int64: the position of each sample's partner
     "Partners other than a sample itself, the likelier the nearer in target ([C-Mixup](https://arxiv.org/abs/2210.05775), eq. 6)"
@@ -108,11 +108,11 @@ def check_partners(
     whole = not (idx.is_floating_point() or idx.is_complex() or idx.dtype==torch.bool)
     if whole and idx.shape==(bs,) and (not bs or 0<=idx.min()<=idx.max()<n): return idx.long()
     values = f', from {idx.min()} to {idx.max()}' if idx.numel() else ''
-    raise ValueError(f'{must}, a whole number from 0 to {n-1}, but returned {idx.dtype}, shape {tuple(idx.shape)}{values}')
+    raise ValueError(f'{must}, an integer from 0 to {n-1}, but returned {idx.dtype}, shape {tuple(idx.shape)}{values}')
 
 # %% ../nbs/04_partners.ipynb #967cfb2b
 def _streams(dl):
-    "The random stream that shuffles `dl`, if it has one of its own, and its state"
+    "The random generator that shuffles `dl`, if it has one of its own, and its state"
     if isinstance(getattr(dl, 'rng', None), random.Random): return dl.rng,dl.rng.getstate()
     g = getattr(dl, 'generator', None)
     return (g,g.get_state().numpy().tobytes()) if isinstance(g, torch.Generator) else (None,None)

@@ -52,6 +52,11 @@ class Plan:
         return self.weights[:,0]
 
     @property
+    def sample_weights(self) -> Tensor: # (bs, k)
+        "`weights`, a row for each sample, also where the batch has one λ"
+        return self.weights.expand(self.pairs.shape)
+
+    @property
     def idx(self) -> Tensor: # (bs,), int64
         "The position of each sample's partner, the first of them where there are several"
         return self.pairs[:,min(1, self.k-1)]
@@ -70,8 +75,7 @@ def unmixed(self:Plan,
 ) -> Tensor: # (bs, ...): `x` itself, if it can be
     "The samples themselves, without their partners, in the order of the mixtures"
     _check_length(self, x)
-    if not self.in_order: return x[self.pairs[:,0]]
-    return x if len(x)==len(self.pairs) else x[:len(self.pairs)]
+    return without_partners(x, self.pairs, self.in_order)
 
 # %% ../nbs/03_plan.ipynb #7becde36
 @patch
@@ -94,7 +98,7 @@ def mix(self:Plan,
 
 # %% ../nbs/03_plan.ipynb #d3777850
 @patch
-def targets(self:Plan,
+def gather(self:Plan,
     y:Tensor, # (n, ...) A target that `is_blended`
 ) -> Tensor: # (bs, k, ...)
     "The targets of each sample and of its partners, in the order of `weights`"
@@ -121,7 +125,7 @@ def unmixed_plan(
 
 # %% ../nbs/03_plan.ipynb #1589e556
 @patch
-def leave(self:Plan,
+def exclude(self:Plan,
     rows:Tensor, # (bs,), bool
 ) -> Plan:
     "The same plan, but for `rows`, which stay as they are"
@@ -161,7 +165,7 @@ class JoinedPlan(Plan):
     ):
         self.parts,self.in_order,self.n,self.k = parts,in_order,parts[0][1].n,max(o.k for _,o in parts)
         self.pairs = self.join(lambda o: _padded(o.pairs, o.pairs[:,:1], self.k))
-        self.weights = self.join(lambda o: _padded(o.weights.expand(o.pairs.shape), 0*o.weights[:,:1], self.k))
+        self.weights = self.join(lambda o: _padded(o.sample_weights, 0*o.weights[:,:1], self.k))
 
     @cached_property
     def region(self) -> Mask: # None where all parts blend
@@ -183,12 +187,12 @@ class JoinedPlan(Plan):
         return self.join(lambda o: o.mix(x), torch.empty_like(self.unmixed(x)) if res is None else res)
 
     def is_blended(self, y): return any(o.is_blended(y) for _,o in self.parts)
-    def targets(self, y): return self.join(lambda o: _padded(t := o.targets(y) if o.is_blended(y) else o.mix(y)[:,None], t[:,:1], self.k))
+    def gather(self, y): return self.join(lambda o: _padded(t := o.gather(y) if o.is_blended(y) else o.mix(y)[:,None], t[:,:1], self.k))
     def to(self, device):
         if self.pairs.device==torch.device(device): return self
         return JoinedPlan([(rows.to(device),o.to(device)) for rows,o in self.parts], self.in_order)
 
-    def leave(self, rows): return JoinedPlan([(at,o.leave(rows[at])) for at,o in self.parts], self.in_order)
+    def exclude(self, rows): return JoinedPlan([(at,o.exclude(rows[at])) for at,o in self.parts], self.in_order)
     def without_partner_targets(self, yb):
         for _,o in self.parts: o.without_partner_targets(yb)
         return super().without_partner_targets(yb)

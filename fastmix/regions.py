@@ -34,7 +34,7 @@ def image_size(
 def draw_boxes(
     lam:Tensor, # (n,) Fraction of the volume to keep
     size:tuple, # Shape of the image, signal or volume, d numbers
-    rng:np.random.Generator, # Random stream
+    rng:np.random.Generator, # Random generator
 ) -> Tensor: # (n, 2, d), int64: the first corner, and the one just past the box
     "Draw boxes with the fraction `1-lam` of the volume, uniform in place, clipped (section 3.1 of [CutMix](https://arxiv.org/abs/1905.04899))"
     size = np.array(size, dtype=float)
@@ -103,7 +103,7 @@ class Region:
         "Each sample, with the region of its partner pasted into it"
         res = fast_paste(x, pairs, self.places(len(pairs))) if x.is_cpu else None
         if res is not None: return res
-        return paste_mask(x[:len(pairs)] if in_order else x[pairs[:,0]], x[pairs[:,1]], self.mask)
+        return paste_mask(without_partners(x, pairs, in_order), x[pairs[:,1]], self.mask)
 
     def places(self, bs): return self.mask.expand(bs, *self.size).numpy()   # on a CPU: a mask or slices for each sample
     def _at(self, where):
@@ -140,7 +140,7 @@ def _highest(height, lam, rng):
 def draw_grid_masks(
     lam:Tensor, # (n,) Fraction of the volume to keep
     size:tuple, # Shape of the image, signal or volume, d numbers
-    rng:np.random.Generator, # Random stream
+    rng:np.random.Generator, # Random generator
     cells:int=4, # Cells along each side
 ) -> Tensor: # (n, *size), bool: paste here?
     "Draw cells of a grid, the fraction `1-lam` of all ([GridMix](https://doi.org/10.1016/j.patcog.2020.107594))"
@@ -157,7 +157,7 @@ def _frequencies(size):
 def draw_fourier_masks(
     lam:Tensor, # (n,) Fraction of the volume to keep
     size:tuple, # Shape of the image, signal or volume, d numbers
-    rng:np.random.Generator, # Random stream
+    rng:np.random.Generator, # Random generator
     decay:float=3., # δ: how fast the amplitude falls with the frequency; the larger, the smoother the regions
 ) -> Tensor: # (n, *size), bool: paste here?
     "Draw the highest parts of low-frequency noise, the fraction `1-lam` of the volume ([FMix](https://arxiv.org/abs/2002.12047), section 4)"
@@ -171,7 +171,7 @@ def draw_fourier_masks(
 def draw_inner_boxes(
     scale:Tensor, # (n,) Sides of the box, as a fraction of the image's
     size:tuple, # Shape of the image, signal or volume, d numbers
-    rng:np.random.Generator, # Random stream
+    rng:np.random.Generator, # Random generator
 ) -> Tensor: # (n, 2, d), int64: the first corner, and the one just past the box
     "Draw boxes that lie within the image, uniform in place"
     place,nudge = rng.random((2, len(scale), len(size)))
@@ -204,8 +204,7 @@ class ShrunkBoxes(Boxes):
         large = x.is_floating_point() and x.nbytes>=2**16*len(x) and len(self.size)<4
         res = new_memory(x, len(pairs)) if large else None
         if res is None:
-            x0,x1 = x[:len(pairs)] if in_order else x[pairs[:,0]],shrink_into(x[pairs[:,1]], self.where, self.size)
-            return paste_mask(x0, x1, self.mask)
+            return paste_mask(without_partners(x, pairs, in_order), shrink_into(x[pairs[:,1]], self.where, self.size), self.mask)
         src,mode = as_plain(x.detach()),['linear','bilinear','trilinear'][len(self.size)-1]
         for o,(i,j),box in zip(as_plain(res).unbind(), pairs.tolist(), self.places(len(pairs))):
             o.copy_(src[i])

@@ -1,4 +1,4 @@
-"The random stream, λ, weights and partners, over many draws; nests of tensors"
+"The random generator, λ, weights and partners, over many draws; nests of tensors"
 import math, random
 from collections import OrderedDict, UserDict, namedtuple
 import numpy as np, pytest, scipy.stats, torch
@@ -10,7 +10,7 @@ from helpers import name_of
 
 rng = np.random.default_rng(0)
 
-# The private stream
+# The private generator
 
 def first_draws(n=4): return [private_rng().random() for _ in range(n)]
 

@@ -302,7 +302,7 @@ def test_a_checkpoint_that_is_only_validated():
     assert len(lams(module).unique(dim=0))==24
 
 def test_numbers_of_the_training_are_left_alone():
-    "With alpha=0 it trains bit for bit as without, and mixing draws nothing from the global streams"
+    "With alpha=0 it trains bit for bit as without, and mixing draws nothing from the global generators"
     class Unmixed(Digits):
         def training_step(self, batch, batch_idx): return self.loss_func(self(batch['img']), batch['label'])
     unmixed,module = Unmixed(),Digits()

@@ -99,7 +99,7 @@ def test_partners_of_another_class_in_a_loader():
     for (_,y),plan in DataLoader([(x,i%3) for x,i in samples()], batch_size=16, collate_fn=MixCollate(MixUp(1., partners=other_class))):
         assert (y!=y[plan.idx]).all()
 
-# Random streams
+# Random generators
 def draw_lams(n_epoch=1, **kwargs):
     collate = MixCollate(OneOf(MixUp(1.), CutMix(), per_batch=False))
     dl = DataLoader(samples(), batch_size=16, collate_fn=collate, **kwargs)

@@ -177,7 +177,7 @@ class TwoCalls(nn.Module):
     def forward(self, x): return self.head(self.layer(self.layer(x)))
 
 class TimesFirst(nn.Module):
-    "With as many times as samples, only `batch_first` tells one from the other"
+    "With as many time steps as samples, only `batch_first` tells one from the other"
     def __init__(self, batch_first=False):
         super().__init__()
         self.batch_first,self.layer,self.out = batch_first,nn.TransformerEncoderLayer(4, 1, 8, batch_first=batch_first),nn.Linear(4, 4)
@@ -200,7 +200,7 @@ class Doubled(Callback):
     (Own, 6, 'spare', RuntimeError, 'did not reach its layer spare'),
     (lambda: nn.Sequential(nn.LSTM(6, 5), nn.Identity()), 6, '0', TypeError, 'layer 0 returns a tuple'),
     (lambda: nn.Sequential(nn.Unflatten(1, (2,3)), nn.Flatten(0, 1), nn.Linear(3, 4)), 6, '1', TypeError, r'layer 1 returns a tensor of shape \(16, 3\), which has not one row for each of the 8'),
-    (TwoCalls, 6, 'layer', TypeError, 'layer is called more than once'), (TimesFirst, (8,4), 'layer', TypeError, 'layer returns as many times as samples, and is not batch_first'),
+    (TwoCalls, 6, 'layer', TypeError, 'layer is called more than once'), (TimesFirst, (8,4), 'layer', TypeError, 'layer returns as many time steps as samples, and is not batch_first'),
     (lambda: TimesFirst(batch_first=True), (8,4), 'layer', None, ''), (lambda: nn.Sequential(Attends(), nn.Flatten(), nn.Linear(32, 4)), (8,2,2), '0', None, '')])
 def test_what_cannot_be_mixed_is_named(model, size, layer, error, what):
     "And leaves no hooks"

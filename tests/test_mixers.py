@@ -264,7 +264,7 @@ def test_bad_alpha(cls, alpha):
     (lambda: MixUp(until=None), ValueError, 'until must be a fraction'), (lambda: OneOf(MixUp(), CutMix(), p=[0,0]), ValueError, 'not only zeros.*0, 0'),
     (lambda: OneOf(MixUp(), CutMix(), p=[1]), ValueError, 'each of the 2 mixers'), (lambda: OneOf(MixUp(), None, p=[SchedLin(1,0), 0]), ValueError, 'schedule of p.*100 %.*0'),
     (lambda: OneOf(MixUp(), MixUp(1.), p=[float('nan')]*2), ValueError, 'nan'), (lambda: CutMixUp(cut_p=2), ValueError, 'cut_p must be'),
-    (lambda: OneOf(), ValueError, 'OneOf takes mixers'), (lambda: MixUp(.4, k=1), ValueError, 'k must be a whole number of at least 2'), (lambda: MixUp(.4, k=2.5), ValueError, 'k must be'),
+    (lambda: OneOf(), ValueError, 'OneOf takes mixers'), (lambda: MixUp(.4, k=1), ValueError, 'k, the samples in each mixture, must be an integer of at least 2'), (lambda: MixUp(.4, k=2.5), ValueError, 'k, .* must be'),
     (lambda: CutMix(min_side=.5, max_side=.2), ValueError, 'min_side'), (lambda: FMix(decay=-1), ValueError, 'decay'), (lambda: GridMix(cells=0), ValueError, 'cells'),
     (lambda: OneOf(MixUp(partners=same_class), CutMix()), ValueError, 'has partners=.*pass it to OneOf'), (lambda: OneOf(MixUp(y_int=False)), ValueError, 'has y_int=False'),
     (lambda: OneOf(MixUp(soft=True)), ValueError, 'has soft=True'), (lambda: OneOf(ManifoldMixUp(), None), ValueError, 'behind hidden layers'),

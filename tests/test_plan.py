@@ -57,14 +57,14 @@ def test_a_plan_is_for_one_length():
         x = torch.rand(n, 1, 6, 7)
         plan.mix(x)
         for wrong in x[:-1], torch.cat([x, x[:1]]):
-            for f in plan.mix,plan.unmixed,plan.targets:
+            for f in plan.mix,plan.unmixed,plan.gather:
                 with pytest.raises(ValueError, match=f'{n} samples .* batch of {len(wrong)}'): f(wrong)
 
 def test_partners_after_the_batch():
     x = torch.rand(8, 2, 5)
     plan = Plan.of(torch.tensor([6,7,5]), torch.tensor([.9]), n=8)
     assert_close(plan.mix(x), .9*x[:3] + .1*x[[6,7,5]])
-    assert plan.unmixed(x).equal(x[:3]) and plan.targets(torch.arange(8)).tolist()==[[0,6],[1,7],[2,5]]
+    assert plan.unmixed(x).equal(x[:3]) and plan.gather(torch.arange(8)).tolist()==[[0,6],[1,7],[2,5]]
     assert unmixed_plan(3, 8).mix(x).equal(x[:3])
 
 def test_what_is_not_mixed_is_not_copied():
@@ -81,7 +81,7 @@ def test_a_mask_is_cut_and_a_class_is_weighted():
         assert [plan.is_blended(o) for o in (x, mask, y)]==([False]*3 if name=='unmixed' else [not cuts,not cuts,True])
         if cuts: assert set(map(int, plan.mix(mask).unique())) <= set(map(int, mask.unique())) and plan.mix(mask).dtype==torch.int64
         if not plan.is_blended(mask): continue
-        assert plan.targets(mask).equal(torch.stack([mask[js] for js in plan.pairs]))
+        assert plan.gather(mask).equal(torch.stack([mask[js] for js in plan.pairs]))
         with pytest.raises(TypeError, match='cannot be averaged'): plan.mix(mask)
 
 # Others made of it
@@ -89,7 +89,7 @@ def test_a_mask_is_cut_and_a_class_is_weighted():
 def test_rows_that_stay():
     x,rows = torch.rand(6, 1, 6, 7),torch.tensor([True,False,False,True,True,False])
     for plan in (*plans_of(6).values(), joined(6), joined(6, names=('blend','three'))):
-        left,before = plan.leave(rows),plan.mix(x).clone()
+        left,before = plan.exclude(rows),plan.mix(x).clone()
         assert left.mix(x)[rows].equal(x[rows]) and (left.lam.expand(6)[rows]==1).all() and (left.idx[rows]==torch.arange(6)[rows]).all()
         assert_close(left.mix(x)[~rows], before[~rows])
         assert left.weights.expand(6, -1)[~rows].equal(plan.weights.expand(6, -1)[~rows]) and left.pairs[:,0].equal(torch.arange(6))
@@ -118,8 +118,8 @@ def test_partners_without_targets():
     y,mask = torch.arange(3),torch.randint(0, 9, (3,6,7))
     for name,plan in [(name,o.take(torch.tensor([2,0,1]))) for name,o in plans_of(3).items()] + [('joined',joined(3))]:
         own = plan.without_partner_targets((y,))
-        assert own.weights.equal(plan.weights) and own.targets(y).equal(y[plan.pairs[:,:1]].expand(-1, plan.k)) and own.region is None
-        if plan.region is None: assert plan.without_partner_targets((y,mask)).targets(mask).shape==(3,plan.k,6,7)
+        assert own.weights.equal(plan.weights) and own.gather(y).equal(y[plan.pairs[:,:1]].expand(-1, plan.k)) and own.region is None
+        if plan.region is None: assert plan.without_partner_targets((y,mask)).gather(mask).shape==(3,plan.k,6,7)
         else:
             with pytest.raises(ValueError, match='mask cannot be cut'): plan.without_partner_targets((y,mask))
 
@@ -144,15 +144,15 @@ def test_what_it_says_is_what_it_does():
         assert plan.k==3 and plan.weights.shape==(12,3) and (plan.weights.sum(1)-1).abs().max()<1e-6
         assert_close(pixels, (plan.weights*y[plan.pairs]).sum(1))
         assert_close(pixels, plan.mix(y))
-        assert plan.targets(y).equal(y[plan.pairs]) and plan.is_blended(y)
+        assert plan.gather(y).equal(y[plan.pairs]) and plan.is_blended(y)
 
 def test_masks_of_a_joined_plan():
     "One value in each place where a part cuts, repeated for each weight; all of them where it blends"
     plan,mask = joined(12),torch.randint(0, 9, (12,6,7))
-    got = plan.targets(mask)
+    got = plan.gather(mask)
     assert plan.is_blended(mask) and got.shape==(12,3,6,7)
     for rows,part in plan.parts:
-        for r,o in zip(rows, part.targets(mask) if part.is_blended(mask) else part.mix(mask)[:,None]):
+        for r,o in zip(rows, part.gather(mask) if part.is_blended(mask) else part.mix(mask)[:,None]):
             for i in range(3): assert got[r,i].equal(o[min(i, len(o)-1)] if i<len(o) else o[0])
 
 def test_region_of_a_joined_plan():

@@ -32,7 +32,7 @@ def grid_centres(
 
 # %% ../../nbs/30_toys.ipynb #c0a3f40e
 class GaussianBatches:
-    "Batches of noise and of points around `centres`, drawn anew from torch's global random stream each time they are read"
+    "Batches of noise and of points around `centres`, drawn anew from torch's global random generator each time they are read"
     def __init__(self,
         centres:Tensor, # (n, 2)
         std:float=.05, # Standard deviation of each Gaussian

@@ -5,7 +5,7 @@ import numpy as np, pytest, torch
 from fastai.callback.schedule import SchedCos, SchedLin, SchedNo, combine_scheds
 from torch import tensor
 from fastmix.core import check_alpha, draw_lam, private_rng
-from fastmix.mixes import Draw, Mixer, check_schedule, portable, value_at
+from fastmix.mixer_base import Draw, Mixer, check_schedule, picklable, value_at
 from fastmix.partners import SecondLoader, derange, same_class
 from fastmix.plan import Plan
 from helpers import name_of
@@ -96,7 +96,7 @@ def test_hyper_parameters_are_the_scheduled_ones():
 
 @pytest.mark.parametrize('copied', [lambda o: pickle.loads(pickle.dumps(o)), deepcopy], ids=['pickle','deepcopy'])
 def test_copies(copied):
-    "A schedule that cannot be pickled goes as a table, plans drawn ahead stay behind, and the random stream goes on"
+    "A schedule that cannot be pickled goes as a table, plans drawn ahead stay behind, and the random generator goes on"
     a = Blends(falls, p=lambda pct: 1-pct/2, until=.95)
     b = copied(a)
     for pct in (0., .31, .5, .7, .731, .94, 1.): assert a.hyper_parameters(pct)==pytest.approx(b.hyper_parameters(pct), abs=1e-3)
@@ -109,8 +109,8 @@ def test_copies(copied):
 
 def test_portable():
     cos = SchedCos(1., 0.)
-    assert portable(.4)==.4 and portable(cos) is cos
-    number,table = portable([.3, lambda pct: pct**2])
+    assert picklable(.4)==.4 and picklable(cos) is cos
+    number,table = picklable([.3, lambda pct: pct**2])
     assert number==.3 and pickle.loads(pickle.dumps(table))(.5)==.25
 
 @pytest.mark.parametrize('mixer,text', [(Blends(.4), 'Blends(0.4)'), (Mixer(), 'Mixer(1.0)'),
@@ -137,7 +137,7 @@ def test_plans_drawn_ahead_are_as_good_as_others():
     assert len(lams.unique())>.99*len(lams) and lams.mean().item()==pytest.approx(want, abs=.005)
 
 def test_what_was_drawn_ahead_is_forgotten():
-    "For batches of another kind, and whenever a hyper-parameter or the stream is set"
+    "For batches of another kind, and whenever a hyper-parameter or the generator is set"
     mixer = Blends()
     def fresh(x=x):
         n = len(mixer.asked)
