@@ -11,22 +11,28 @@ import inspect
 from collections import namedtuple
 from functools import lru_cache, partial
 
-import torch.nn.functional as F
+import torch, torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from fastai.losses import BaseLoss, BCEWithLogitsLossFlat, CrossEntropyLossFlat, DiceLoss, FocalLoss, FocalLossFlat
 from fastai.losses import LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat
 
 # %% auto #0
-__all__ = ['ClassLoss', 'loss_layers', 'loss_option', 'is_separable', 'class_loss', 'is_standard', 'mixes_losses']
+__all__ = ['scripted', 'ClassLoss', 'loss_layers', 'loss_option', 'is_separable', 'class_loss', 'is_standard', 'mixes_losses']
 
 # %% ../nbs/06_loss_config.ipynb #23797001
 def loss_layers(
     loss_func, # Loss, as a fastai `Learner` takes it
 ) -> list: # `loss_func`, what it wraps, what that wraps, ...
-    "A loss from the outside in: through partials and fastai's `BaseLoss`"
-    layers = [loss_func]
-    while isinstance(layers[-1], (partial, BaseLoss)): layers.append(layers[-1].func)
-    return layers
+    "A loss from the outside in: through partials and fastai's `BaseLoss`, without `torch.compile`"
+    layers,f = [],loss_func
+    while True:
+        f = f._orig_mod if isinstance(f, OptimizedModule) else getattr(f, '_torchdynamo_orig_callable', f) if inspect.isfunction(f) else f
+        layers.append(f)
+        if not isinstance(f, (partial, BaseLoss)): return layers
+        f = f.func
+
+scripted = torch.jit.ScriptModule,torch.jit.ScriptFunction
 
 # %% ../nbs/06_loss_config.ipynb #edbaf6ee
 @lru_cache
@@ -36,7 +42,7 @@ def _signature(f):
     passes_on = hasattr(f, '__wrapped__') and any(o.kind is o.VAR_KEYWORD for o in res.values())
     return {**_signature(f.__wrapped__), **res} if passes_on else res
 
-def _params(f): return _signature(getattr(f, '__func__', f) if inspect.isroutine(f) else type(f).__call__)
+def _params(f): return {} if isinstance(f, scripted) else _signature(getattr(f, '__func__', f) if inspect.isroutine(f) else type(f).__call__)
 
 def loss_option(
     loss_func, # Loss, as a fastai `Learner` takes it
@@ -57,6 +63,7 @@ def is_separable(
     loss_func, # Loss, as a fastai `Learner` takes it
 ) -> bool:
     "Can `loss_func` be left unreduced, so that each sample can have its own λ?"
+    if isinstance(loss_func, scripted): return False   # its options are constants
     has_option = hasattr(loss_func, 'reduction') or 'reduction' in _params(loss_layers(loss_func)[-1])
     return has_option and loss_option(loss_func, 'reduction') in ('mean', 'sum', 'none')
 
@@ -64,8 +71,9 @@ def is_separable(
 _class_losses = {nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss, LabelSmoothingCrossEntropy}
 _wrappers = {partial, BaseLoss, CrossEntropyLossFlat, BCEWithLogitsLossFlat, FocalLossFlat, LabelSmoothingCrossEntropyFlat}
 
-def _is_one_of(losses, layers):
+def _is_one_of(losses, layers, weighted=True):
     *outer,f = layers
+    if not weighted and any('weight' in o.keywords for o in outer if isinstance(o, partial)): return False
     return {*map(type, outer)} <= _wrappers and (type(f) in losses or inspect.isfunction(f) and f in losses)
 
 # %% ../nbs/06_loss_config.ipynb #96cc4eb4
@@ -86,17 +94,16 @@ def class_loss(
     return res if res.reduction in ('mean','sum','none') else None
 
 # %% ../nbs/06_loss_config.ipynb #9eb8bc1f
-_other_losses = {nn.BCELoss, nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss, nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss,
+_of_numbers = {nn.BCELoss, nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss, nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss,
     nn.PoissonNLLLoss, F.binary_cross_entropy, F.binary_cross_entropy_with_logits, F.multilabel_soft_margin_loss, F.mse_loss, F.l1_loss,
-    F.smooth_l1_loss, F.huber_loss, F.poisson_nll_loss, FocalLoss, DiceLoss}
+    F.smooth_l1_loss, F.huber_loss, F.poisson_nll_loss}
+_other_losses = _of_numbers | {FocalLoss, DiceLoss}
 
 def is_standard(
     loss_func, # Loss, as a fastai `Learner` takes it
 ) -> bool:
     "Is `loss_func` one of PyTorch's or fastai's losses whose way of reducing is known?"
-    if class_loss(loss_func) is not None: return True
-    layers = loss_layers(loss_func)
-    return _is_one_of(_other_losses, layers) and not any('weight' in o.keywords for o in layers if isinstance(o, partial))
+    return class_loss(loss_func) is not None or _is_one_of(_other_losses, loss_layers(loss_func), weighted=False)
 
 # %% ../nbs/06_loss_config.ipynb #18b4f841
 def mixes_losses(
@@ -104,8 +111,9 @@ def mixes_losses(
     y:Tensor, # (bs, ...) Target
     y_int:bool=None, # Decide for the loss: are its targets classes, so that the losses are mixed?
 ) -> bool: # True: mix the losses on both targets. False: blend the targets
-    "Are the losses mixed, or the targets? `y_int` decides, or else the loss's own `y_int`; else only floats in a standard loss are blended"
+    "Are the losses mixed, or the targets? `y_int` decides, or else the loss's own `y_int`; else floats in a standard loss are blended, and numbers in one of numbers"
     if y_int is not None: return y_int
-    for f in loss_layers(loss_func):
+    layers = loss_layers(loss_func)
+    for f in layers:
         if hasattr(f, 'y_int'): return f.y_int
-    return not (y.is_floating_point() and is_standard(loss_func))
+    return not (is_standard(loss_func) if y.is_floating_point() else _is_one_of(_of_numbers, layers, weighted=False))

@@ -49,6 +49,17 @@ class BetaMix(MixHandler):
 # %% ../nbs/09a_beta.ipynb #2287959d
 class RegionMix(BetaMix):
     "Base class of the mixers that paste a region of its partner into each sample: a subclass defines `region`"
+    @delegates(BetaMix)
+    def __init__(self,
+        alpha:float, # The region covers about the fraction 1-λ, with λ from Beta(`alpha`,`alpha`); 0 is off
+        per_batch:bool=False, # One λ for the whole batch instead of one per sample?
+        fold:bool=False, # Replace λ by max(λ, 1-λ)?
+        spatial_dims:int=None, # How many of the last dimensions are places; by default all after the channels
+        **kwargs # For `BetaMix`
+    ):
+        super().__init__(alpha, per_batch, fold, **kwargs)
+        self.spatial_dims = check_spatial_dims(spatial_dims)
+
     def region(self,
         lam:Tensor, # (bs,), or (1,) for the whole batch: fraction of the image to keep
         size:tuple, # Shape of the image, signal or volume, d numbers
@@ -58,5 +69,5 @@ class RegionMix(BetaMix):
         raise NotImplementedError(f'{type(self).__name__} must define region(lam, size, rng), which returns Boxes, a Mask or ShrunkBoxes, as CutMix does')
 
     def plan_for(self, d, alpha):
-        lam,size = draw_lam(self.n_lam(d), alpha, d.rng, self.fold),image_size(d.x)
+        lam,size = draw_lam(self.n_lam(d), alpha, d.rng, self.fold),image_size(d.x, self.spatial_dims)
         return Plan.of(d.idx(), region=self.region(lam, size, d.rng), n=d.n)

@@ -20,8 +20,8 @@ __all__ = ['blend', 'blend_rows']
 def _in_floats(x, mean):
     "`mean(dtype)` for a dtype to average `x` in, back in `x`'s own"
     if not is_numeric(x): raise TypeError(
-        f'An input of shape {tuple(x.shape)}, {x.dtype}, cannot be averaged: it holds categories or tokens. '
-        'Pass the model a float input (for instance one-hot, or embedded), or train it without mixing.')
+        f'An input of shape {tuple(x.shape)}, {x.dtype}, cannot be averaged: it holds {"True and False" if x.dtype==torch.bool else "categories or tokens"}. '
+        'Mix what the model makes of it, with ManifoldMixUp(layers=...). If it is no input, say what is one, as in x=0, y=1')
     res = mean(torch.promote_types(x.dtype, torch.float32))
     return res.round_().to(x.dtype) if x.dtype==torch.uint8 else res.to(x.dtype)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib, math, numbers, os, random
 from collections.abc import Mapping
+from copy import copy
 
 import numpy as np, torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 # %% auto #0
 __all__ = ['private_rng', 'check_alpha', 'check_fraction', 'check_count', 'check_flag', 'draw_lam', 'draw_weights',
            'draw_partners', 'unsqueeze_as', 'without_partners', 'as_plain', 'is_numeric', 'is_categorical',
-           'tensors_in', 'map_tensors', 'sequence_like', 'fill_nest']
+           'tensors_in', 'mapping_like', 'sequence_like', 'map_tensors', 'fill_nest']
 
 # %% ../nbs/00_core.ipynb #3bb8e617
 def _rank():
@@ -134,7 +135,7 @@ def is_categorical(
     x:Tensor, # (bs, ...)
 ) -> bool:
     "Does `x` hold integers that mean nothing as numbers, such as categories or tokens?"
-    return not is_numeric(x) and x.dtype!=torch.bool
+    return not (x.is_floating_point() or x.dtype==torch.bool or is_numeric(x))
 
 # %% ../nbs/00_core.ipynb #f94368c3
 def tensors_in(
@@ -147,16 +148,16 @@ def tensors_in(
     for v in o: res += [v] if isinstance(v, Tensor) else tensors_in(v)
     return res
 
-# %% ../nbs/00_core.ipynb #ed1d47d4
-def map_tensors(
-    f:callable, # Of a tensor
-    o, # A tensor, or a nest of tuples, lists and mappings
-): # The same nest, a mapping as a dict, with the result of `f` in place of each tensor
-    "Apply `f` to each tensor in a nest"
-    if isinstance(o, Tensor): return f(o)
-    if isinstance(o, Mapping): return {k: map_tensors(f, v) for k,v in o.items()}
-    if not isinstance(o, (tuple,list)): return o
-    return sequence_like(o, [f(v) if isinstance(v, Tensor) else map_tensors(f, v) for v in o])
+# %% ../nbs/00_core.ipynb #c3dffa18
+def mapping_like(
+    o, # A mapping
+    items:dict, # With the same keys
+): # Of the class of `o`, with its attributes
+    "`items`, as a mapping like `o`"
+    if type(o) is dict: return items
+    res = copy(o)
+    for k,v in items.items(): res[k] = v
+    return res
 
 def sequence_like(
     o, # A tuple, named or not, or a list
@@ -165,6 +166,18 @@ def sequence_like(
     "`items`, as a tuple or list like `o`"
     return type(o)(*items) if hasattr(o, '_fields') else type(o)(items)
 
+# %% ../nbs/00_core.ipynb #ed1d47d4
+def map_tensors(
+    f:callable, # Of a tensor
+    o, # A tensor, or a nest of tuples, lists and mappings
+): # The same nest, with the result of `f` in place of each tensor
+    "Apply `f` to each tensor in a nest"
+    if isinstance(o, Tensor): return f(o)
+    if isinstance(o, Mapping): return mapping_like(o, {k: map_tensors(f, v) for k,v in o.items()})
+    if not isinstance(o, (tuple,list)): return o
+    return sequence_like(o, [f(v) if isinstance(v, Tensor) else map_tensors(f, v) for v in o])
+
+# %% ../nbs/00_core.ipynb #381fb721
 def fill_nest(
     o, # A tensor, or a nest of tuples, lists and mappings
     values:list, # One for each tensor in it, in order

@@ -11,74 +11,18 @@ from warnings import warn
 
 from fastai.basics import *
 from fastai.callback import mixup as fastai_mixup
-from fastai.vision.core import TensorBBox
 
 from ._loss_config import is_separable, mixes_losses
+from .batch import *
 from .core import *
 from .inputs import *
 from .losses import *
 from .mixer_base import *
 from .plan import *
+from .schedules import *
 
 # %% auto #0
-__all__ = ['MixedBatch', 'check_batch', 'unmixed_loss', 'MixHandler', 'change_learner', 'check_single_mixer', 'check_types',
-           'check_learner', 'find_mixer', 'ScheduledValue', 'ScheduleRecorder']
-
-# %% ../nbs/09_handler.ipynb #7ca3a459
-class MixedBatch:
-    "The record of a batch: how it is mixed, what it was before, and its loss"
-    def __init__(self,
-        xb:tuple, # Inputs as they came: tensors (bs, ...), or nests of them
-        yb:tuple, # Targets as they came
-        xs:tuple, # Inputs, each (n, ...), with those of samples that are partners only
-        ys:tuple, # Targets, each (n, ...), or (bs, ...) where partners have none
-        plan:Plan, # How the inputs are mixed
-        target_plan:Plan, # How the targets are mixed
-        inputs:MixedInputs, # The inputs, mixed
-        loss:MixLoss, # The loss for this batch
-    ):
-        self.xb,self.yb,self.xs,self.ys,self.plan,self.target_plan,self.inputs,self.loss,self.closed = xb,yb,xs,ys,plan,target_plan,inputs,loss,False
-
-    @property
-    def mixed_xb(self) -> tuple: # As `xb`, each (bs, ...)
-        "The inputs to call the model with"
-        return fill_nest(self.xb, self.inputs.xs)
-
-    def targets(self) -> list: # k tuples of targets, each (bs, ...), and their weights (bs,)
-        "The targets of each sample and of its partners, with their weights"
-        loss,plan = self.loss,self.target_plan
-        if not any(loss.mixed): return [(loss.yb,1.)]
-        return list(zip(targets_of_parts(plan, loss.targets, loss.mixed), plan.sample_weights.unbind(1)))
-
-    def was_mixed(self) -> bool:
-        "Was the loss called with the targets of this batch?"
-        return any(map(self.loss.is_for, self.loss.calls))
-
-    @property
-    def is_open(self) -> bool:
-        "Is its loss still to come?"
-        return not self.closed and self.plan.k>1 and not self.was_mixed()
-
-    def close(self):
-        "After the batch, however it ended"
-        self.closed = True
-        self.loss.calls.clear()
-        self.inputs.close()
-
-# %% ../nbs/09_handler.ipynb #83b5cdc0
-def check_batch(
-    xb:tuple, # Inputs
-    yb:tuple, # Targets
-):
-    "An error that says what to do if `xb` and `yb` are not all tensors of one length, or hold bounding boxes"
-    for o in (*xb,*yb):
-        if not isinstance(o, Tensor): raise TypeError(
-            f'Only tensors can be mixed, but the batch holds a {type(o).__name__}: '
-            'have the data block leave out what is no number, such as names, and make each other part an input or target of its own')
-        if isinstance(o, TensorBBox): raise TypeError('Bounding boxes cannot be mixed: train this learner without a mixer')
-        if not o.ndim or len(o)!=len(xb[0]): raise ValueError(
-            f'An input or target of shape {tuple(o.shape)} has not one row for each of the {len(xb[0])} samples, '
-            'so it cannot be mixed with its partner')
+__all__ = ['unmixed_loss', 'MixHandler', 'change_learner', 'check_single_mixer', 'check_learner', 'check_mixer', 'find_mixer']
 
 # %% ../nbs/09_handler.ipynb #0a510bad
 def unmixed_loss(
@@ -107,16 +51,18 @@ class MixHandler(Mixer, Callback):
 
     def before_fit(self):
         "Put back what an exception has left behind; refuse what cannot be trained; begin a new random generator"
-        self.restore()
+        self.learn.loss_func = unmixed_loss(self.learn.loss_func)
+        if self.record: self.record.inputs.close()
         check_learner(self)
+        check_types(self.learn.dls.train)
         self.set_rng(private_rng())
         if self.second_loader: self.partners.begin_fit(self.learn.dls.train, self.rng)
         self.schedules = ScheduleRecorder(self.learn, self.hyper_parameters(0.))
 
     def before_train(self):
-        "Refuse a second mixer, and types that cannot be mixed"
+        "Refuse a second mixer, and forget the batch that an interrupted fit has left"
         check_single_mixer(self.learn)
-        check_types(self.learn.dls.train)
+        self.stop()
 
     def restore(self):
         "Put the learner's own loss back"
@@ -124,16 +70,25 @@ class MixHandler(Mixer, Callback):
         if self.record: self.record.close()
     after_batch = after_cancel_batch = restore
 
-    def after_train(self):
+    def stop(self):
         "Put the learner's own loss back, and forget the last batch"
         self.restore()
         self.record = None
-    after_epoch = after_train   # where training was cancelled
+    after_cancel_train = after_cancel_epoch = after_cancel_fit = stop
+
+    def after_train(self):
+        "The same, unless a callback validates in the middle of a batch, which then goes on"
+        if self.record is None or self.record.closed: self.stop()
+    after_epoch = after_train
 
     def after_fit(self):
         "The same, and pass scheduled values to the recorder, for `plot_sched`"
         self.after_train()
         if self.schedules: self.schedules.end()
+
+    state_key,on_exception = 'MixHandler',None   # what Lightning asks for before it calls `setup`
+    def setup(self, *args, **kwargs): raise TypeError(
+        f'{self!r} is a callback of fastai: write Trainer(callbacks=[Mixing({self!r})]), with Mixing from fastmix.lightning')
 
     @property
     def lam(self) -> Tensor: # (bs,) or (1,); None between trainings
@@ -159,6 +114,7 @@ def after_pred(self:MixHandler):
     "Check that the model has mixed what was left to it"
     if self.record: self.record.inputs.check()
 
+# %% ../nbs/09_handler.ipynb #1b0ef76f
 @patch
 def after_loss(self:MixHandler):
     "Raise a `RuntimeError` if the loss of a mixed batch was not mixed"
@@ -166,7 +122,17 @@ def after_loss(self:MixHandler):
     if self.record is None and type(self).before_batch is MixHandler.before_batch: return   # added in the middle of this batch
     self.restore()
     raise RuntimeError(f'{self!r} is to mix this batch, but its loss was not mixed: after `before_batch` something has replaced the loss or the targets, '
-        'or a subclass has not called super().before_batch(). Have a callback that changes them do so earlier, at an `order` below 9.5')
+        'a callback has validated or predicted in the middle of it, or a subclass has not called super().before_batch(). '
+        'Have a callback that changes targets do so earlier, at an `order` below 9.5, and one that validates later, in after_batch')
+
+@patch
+def before_backward(self:MixHandler):
+    "Raise a `RuntimeError` if what is to be trained is not made of the mixed loss"
+    mixed,trained = self.record and self.record.loss.results,self.learn.loss_grad
+    if not mixed or trained is mixed[-1] or trained.grad_fn is None or depends_on(trained, mixed): return
+    self.restore()
+    raise RuntimeError(f'{self!r} has mixed the loss of this batch, but after `after_loss` another one is trained, which knows the labels of one part only: '
+        'have the callback call learn.loss_func(pred, *learn.yb), or add to learn.loss_grad instead of replacing it. Without labels, as in distillation, mix with y_int=False')
 
 # %% ../nbs/09_handler.ipynb #d898bc56
 @patch
@@ -189,7 +155,8 @@ def change_learner(
     if old is not None:
         if mixer.record and mixer.record.is_open: warn(f'{mixer!r} is removed before the loss of a batch that it has mixed. If the fit goes on, '
             'this batch trains on the labels of one part: remove it in after_batch, or end mixing with until=')
-        mixer.after_fit()
+        mixer.stop()
+        if mixer.schedules: mixer.schedules.end()
     if old is not None and learn is not None and mixer in old.cbs:
         warn(f'{mixer!r} goes to another learner, and the first one no longer mixes: make a mixer for each learner')
         old.remove_cb(mixer)
@@ -220,8 +187,8 @@ def draw_batch(self:MixHandler,
     "Draw the plan for a batch, with partners of a second loader where there is one"
     check_batch(xs, ys)
     bs = len(xs[0])
-    if self.second_loader: xs,ys = self.partners.append_partners(xs, ys)
-    plan = self.draw(xs, ys, pct=pct, per_batch=self.needs_one_lam(loss_func, ys), bs=bs)
+    if self.partners is not None and self.second_loader: xs,ys = self.partners.append_partners(xs, ys)
+    plan = self.draw(xs, self.numbers(loss_func, ys) if callable(self.partners) else ys, pct=pct, per_batch=self.needs_one_lam(loss_func, ys), bs=bs)
     plan = self.adapt_plan(plan, xs, model)
     if {*map(len, ys)} <= {len(xs[0])}: return plan,plan,xs,ys
     if not self.fold: raise ValueError('Partners without targets leave each sample its own, which must then have the larger weight: mix with fold=True')
@@ -261,6 +228,16 @@ def needs_one_lam(self:MixHandler,
         return True
     return False
 
+# %% ../nbs/09_handler.ipynb #971fe1bc
+@patch
+def numbers(self:MixHandler,
+    loss_func, # Loss, as a fastai `Learner` takes it; None where it is unknown
+    ys:tuple, # Targets
+) -> tuple: # The same, integers that will be blended as floats
+    "The targets, as functions of partners see them"
+    if loss_func is None: return ys
+    return tuple([y if y.is_floating_point() or mixes_losses(f, y, self.y_int) else y.float() for f,y in zip(losses_of(loss_func, len(ys)), ys)])
+
 # %% ../nbs/09_handler.ipynb #fe76afd3
 def check_single_mixer(
     learn:Learner, # With a mixer
@@ -273,16 +250,6 @@ def check_single_mixer(
         f'{" and ".join(f"{cb!r} of {type(cb).__module__}" for cb in mixers)} would mix what the other has mixed: combine them, '
         'as in cbs=OneOf(MixUp(.4), CutMix(1.)), or remove one with learn.remove_cb')
 
-def check_types(
-    dl, # That is trained on; fastai's remember the types of their items
-):
-    "A `TypeError` where items hold bounding boxes, whose type is lost in a batch"
-    def types(o):
-        if isinstance(o, dict): o = [*o, *o.values()]
-        return [t for v in o for t in types(v)] if isinstance(o, (list,tuple)) else [o]
-    if any(isinstance(t, type) and issubclass(t, TensorBBox) for t in types(getattr(dl, '_types', None) or [])): raise TypeError(
-        'Bounding boxes cannot be mixed: train this learner without a mixer')
-
 def check_learner(
     mixer:MixHandler, # On a learner
 ):
@@ -294,52 +261,20 @@ def check_learner(
             f"{type(mixer).__name__} has {name!r}, as a subclass of fastai's own mixers, which those of fastmix do not use: {instead}")
 
 # %% ../nbs/09_handler.ipynb #80d012fc
+def check_mixer(
+    mixer, # What has been passed as one
+    write:str, # How to write it
+) -> MixHandler:
+    "`mixer`, or a `TypeError` that says how to write it"
+    if isinstance(mixer, MixHandler): return mixer
+    raise TypeError(f'mixer must be one of fastmix, imported after fastai, as in {write}, but it is {mixer!r} of {type(mixer).__module__}')
+
 def find_mixer(
     learn:Learner, # With a mixer
 ) -> MixHandler:
     "The mixer of `learn`, or a `ValueError` that says how to add one"
     mixer = first(cb for cb in learn.cbs if isinstance(cb, MixHandler))
     if mixer: return mixer
-    raise ValueError("This learner has no mixer of fastmix: add one, as in learn.add_cb(MixUp(.4)), with fastmix imported after fastai, whose mixers have the same names")
-
-# %% ../nbs/09_handler.ipynb #8806ffd4
-class ScheduledValue(Metric):
-    "The last of `values`, as a column of the table of results"
-    def __init__(self,
-        values:list, # Grows with each batch
-        name:str, # Of the column
-    ): self.values,self._name = values,name
-
-    def reset(self): pass
-    def accumulate(self, learn): pass
-    @property
-    def value(self): return self.values[-1] if self.values else None
-    @property
-    def name(self): return self._name
-
-class ScheduleRecorder:
-    "Scheduled hyper-parameters of a fit: columns of the table of results, and curves in `plot_sched`"
-    def __init__(self,
-        learn:Learner, # That begins a fit
-        names:list, # Of the hyper-parameters
-    ):
-        self.learn,self.hps = learn,{name:[] for name in names}
-        self.remove_columns()
-        if self.hps and learn.logger is not noop: learn.metrics = [*learn.metrics, *(ScheduledValue(v, name) for name,v in self.hps.items())]
-
-    def append(self,
-        values:dict, # By name
-    ):
-        "Append the values of a batch"
-        for name,v in values.items(): self.hps.setdefault(name, []).append(v)
-
-    def remove_columns(self):
-        "Take the columns out of the learner's metrics"
-        metrics = [m for m in self.learn.metrics if not isinstance(m, ScheduledValue)]
-        if len(metrics)<len(self.learn.metrics): self.learn.metrics = metrics
-
-    def end(self):
-        "Remove the columns, and pass the values to the recorder"
-        self.remove_columns()
-        if self.hps and hasattr(self.learn, 'param_scheduler'): self.learn.param_scheduler.hps.update(self.hps)
-        elif self.hps and hasattr(self.learn, 'recorder'): self.learn.recorder.hps = self.hps
+    other = first(cb for cb in learn.cbs if isinstance(cb, fastai_mixup.MixHandler))
+    raise ValueError(f"This learner has {f'{other!r} of {type(other).__module__}, which is no mixer' if other else 'no mixer'} of fastmix: "
+        'add one, as in learn.add_cb(MixUp(.4)), with fastmix imported after fastai, whose mixers have the same names')

@@ -11,12 +11,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 
 from .core import *
 from .plan import *
 
 # %% auto #0
-__all__ = ['Mixtures', 'Lookups', 'paddings', 'is_padding', 'mix_lookups', 'sort_by_padding', 'MixedInputs']
+__all__ = ['Mixtures', 'Lookups', 'is_compiled', 'check_followed', 'paddings', 'is_padding', 'mix_lookups', 'sort_by_padding',
+           'MixedInputs']
 
 # %% ../nbs/08_inputs.ipynb #de6a330c
 class Mixtures(NamedTuple):
@@ -118,11 +120,24 @@ def _mix(f, args, x, found, weights):
     mixed = sum(w[(..., *[None]*(o.ndim-w.ndim))].to(dtype)*o.to(dtype) for o,w in zip(found, weights))
     return mixed.to(res.dtype) if res.is_floating_point() else mixed
 
+# %% ../nbs/08_inputs.ipynb #b1e12710
+def is_compiled(m:nn.Module): return isinstance(m, OptimizedModule) or m._compiled_call_impl is not None   # by torch.compile(m), by m.compile()
+
+def check_followed(
+    model:nn.Module, # That looks integers up, or None
+):
+    "A `TypeError` if it does so in a compiled part, where integers cannot be followed"
+    for m in model.modules() if model is not None else []:
+        if is_compiled(m) and (m is model or any(isinstance(o, (nn.Embedding,nn.EmbeddingBag)) for o in m.modules())): raise TypeError(
+            'Integers of this batch are mixed where the model looks them up, which cannot be followed into a compiled model: '
+            'train the model itself, learn.model = learn.model._orig_mod, or compile only what comes behind its embeddings')
+
 # %% ../nbs/08_inputs.ipynb #bb643ae8
 def paddings(
     model:nn.Module, # Any model, or None
 ) -> list: # int
-    "The `padding_idx` of all of its embeddings"
+    "The `padding_idx` of all of its embeddings; a `TypeError` where one is compiled, since integers cannot be followed there"
+    check_followed(model)
     return [] if model is None else sorted({getattr(o, 'padding_idx', None) for o in model.modules()} - {None})
 
 # %% ../nbs/08_inputs.ipynb #ab645561
@@ -168,7 +183,9 @@ class MixedInputs:
         plan:Plan, # How the batch is mixed
         xs:tuple, # Inputs, each (n, ...)
         model:nn.Module=None, # That looks integers up, and knows what stands for padding among them
-    ): self.xs = [mix_lookups(plan, x, paddings(model)) if is_categorical(x) and plan.is_blended(x) else plan.mix(x) for x in xs]
+    ):
+        self.xs = []
+        for x in xs: self.xs.append(mix_lookups(plan, x, paddings(model)) if is_categorical(x) and plan.is_blended(x) else plan.mix(x))
 
     def check(self): "After the model: an error if it has not mixed what was left to it"
     def close(self): "After the batch, however it ended"

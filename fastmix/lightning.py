@@ -17,13 +17,14 @@ import numpy as np, torch
 from fastcore.basics import noop, patch
 from torch import Tensor
 
+from .batch import *
 from .core import *
 from .handler import *
 from .log import *
 from .loop import *
 
 # %% auto #0
-__all__ = ['Mixing', 'MixMonitor']
+__all__ = ['Mixing', 'batch_targets', 'MixMonitor']
 
 # %% ../nbs/18_lightning.ipynb #d9c2d9ed
 try: import lightning.pytorch as pl
@@ -64,14 +65,15 @@ class Mixing(pl.Callback):
     "Mix the training batches of a `LightningModule`, and its loss in `training_step`"
     def __init__(self,
         mixer:MixHandler, # How to mix, such as `MixUp(.4)`
-        x=None, # Where inputs are in a batch, as in `BatchKeys`; by default 'img' of a dict, all but the last of a tuple
-        y=None, # Where targets are; by default 'label' of a dict, the last of a tuple
+        x=None, # Where inputs are in a batch, as in `BatchKeys`; by default 'img' of a dict, the first of a pair
+        y=None, # Where targets are; by default 'label' of a dict, the second of a pair
         loss:str='loss_func', # Name of the module's loss, such as 'criterion' or 'model.criterion'
     ):
-        if not isinstance(mixer, MixHandler): raise TypeError(
-            f'mixer must be one of fastmix, such as MixUp(.4), or several, as in OneOf(MixUp(.4), CutMix(1.)), but it is a {type(mixer).__name__}')
-        self.mixer,self.keys,self.loss = mixer,BatchKeys(x, y),loss
+        self.mixer,self.keys,self.loss = check_mixer(mixer, 'Mixing(MixUp(.4)), or of several, Mixing(OneOf(MixUp(.4), CutMix(1.)))'),BatchKeys(x, y),loss
         self.seed,self.resumed,self.record,self.scheduled,self.undo = None,False,None,{},ExitStack()
+
+    @property
+    def state_key(self): return self._generate_state_key(mixer=type(self.mixer).__name__, loss=self.loss)
 
     def on_fit_start(self, trainer, pl_module):
         "Check that the module has the loss, and that no other callback mixes"
@@ -83,6 +85,7 @@ class Mixing(pl.Callback):
         "Prepare a second loader, and draw a seed unless a checkpoint had one"
         if self.mixer.hyper_parameters(0.) and _fraction_done(trainer) is None: raise ValueError(
             f'{self.mixer!r} follows a schedule, so the length of the training must be known: pass the Trainer max_epochs or max_steps')
+        check_types(trainer.train_dataloader)
         rng,partners = private_rng(),self.mixer.partners
         if self.mixer.second_loader:
             partners.begin_fit(trainer.train_dataloader, rng)
@@ -189,6 +192,16 @@ def check_other_calls(self:Mixing,
         f'Have one loss do all of it, as in {name}((pred,other_pred), y), and make the part in there')
     if any(loss.mixed) or not (record.was_mixed() or all(any(_is_made_of(c, y) for c in calls) for y in loss.yb)): warn(
         f'training_step calls {name} with other targets than those that {self.mixer!r} has mixed. If they are in the batch, say where, as in Mixing(MixUp(.4), y="target")')
+
+# %% ../nbs/18_lightning.ipynb #a440cd29
+def batch_targets(
+    trainer:pl.Trainer, # Of the module, `self.trainer`
+    *yb, # Targets as they are in the batch, each (bs, ...)
+) -> list: # Pairs of a target, or a tuple of them where there are several, and weights, (bs,) or 1.
+    "The targets of each sample of the present batch and of its partners, none of them blended, with their weights: for metrics in `training_step`"
+    record = next((cb.record for cb in trainer.callbacks if isinstance(cb, Mixing)), None)
+    parts = record.targets() if record and record.loss.is_for(yb) else [(yb,1.)]
+    return [(ys if len(ys)>1 else ys[0],w) for ys,w in parts]
 
 # %% ../nbs/18_lightning.ipynb #9e5c2978
 def _writer(logger):

@@ -7,7 +7,6 @@ Docs: https://fastmix.github.io/fastmix/loop.html.md"""
 # %% ../nbs/17_loop.ipynb #4b96f596
 from __future__ import annotations
 
-from copy import copy
 from collections.abc import Mapping
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch.utils.data import default_collate, get_worker_info
 
 from .core import *
 from .core import _rank
+from .batch import *
 from .handler import *
 
 # %% auto #0
@@ -42,9 +42,9 @@ def _replace(o, path, value):
     "A copy of the nest `o` with `value` at `path`"
     key,*rest = _keys(path)
     if rest: value = _replace(o[key], tuple(rest), value)
-    res = copy(o) if isinstance(o, Mapping) else list(o)
+    if isinstance(o, Mapping): return mapping_like(o, {**o, key: value})
+    res = list(o)
     res[key] = value
-    if isinstance(o, Mapping): return res
     return sequence_like(o, res)
 
 # %% ../nbs/17_loop.ipynb #a9798330
@@ -57,8 +57,8 @@ def _others(batch, paths):
 class BatchKeys:
     "Where the inputs and targets of a batch are"
     def __init__(self,
-        x=None, # A key or position, a tuple of them into a nest, or a list of such; by default 'img' of a mapping, all but the last of a tuple
-        y=None, # The same for targets; by default 'label' of a mapping, the last of a tuple
+        x=None, # A key or position, a tuple of them into a nest, or a list of such; by default 'img' of a mapping, the first of a pair
+        y=None, # The same for targets; by default 'label' of a mapping, the second of a pair
     ): self.x,self.y = x,y
 
     def paths(self,
@@ -68,7 +68,9 @@ class BatchKeys:
         x,y = (o if o is None or isinstance(o, list) else [o] for o in (self.x,self.y))
         if isinstance(batch, Mapping): x,y = x or ['img'],y or ['label']
         elif isinstance(batch, (tuple,list)) and len(batch)>1:
-            y = y or _others(batch, x or range(len(batch)-1))
+            if len(batch)>2 and not (x and y): raise ValueError(f'A batch of {len(batch)} may hold an index or weights besides inputs and targets: '
+                'say where both of them are, as in x=0, y=1, or x=[0,1], y=2')
+            y = y or _others(batch, x or [0])
             x = x or _others(batch, y)
         if not x or not y or len(y)>1 and self.y is None: raise ValueError(
             f'The batch must hold inputs and targets, but it is {_describe(batch)}, with x={self.x!r} and y={self.y!r}: say where they are, as in x=0, y=2')
@@ -95,8 +97,7 @@ class BatchKeys:
 # %% ../nbs/17_loop.ipynb #4c7a13f4
 def _check_collated(mixer):
     "An error that says what to write instead, if `mixer` cannot mix in a loader"
-    if not isinstance(mixer, MixHandler): raise TypeError(
-        f'mixer must be one of fastmix, such as MixUp(.4), imported after fastai, but it is a {type(mixer).__name__}')
+    check_mixer(mixer, 'MixCollate(MixUp(.4))')
     def refuse(why, instead): raise ValueError(f'{mixer!r} {why}: {instead}')
     if mixer.hyper_parameters(0.): refuse('follows a schedule, and a loader does not know how much of the training is done',
         'mix in the loop, by plan = mixer.draw(x, pct=fraction_done)')
@@ -117,6 +118,7 @@ class MixCollate:
         collate_fn:callable=default_collate, # Makes a batch of a list of samples
     ):
         _check_collated(mixer)
+        if not callable(collate_fn): raise TypeError(f'collate_fn must be a function of a list of samples, such as default_collate, but it is {collate_fn!r}')
         self.mixer,self.keys,self.collate_fn,self.seed = mixer,BatchKeys(x, y),collate_fn,None
 
     def __call__(self,
@@ -127,6 +129,7 @@ class MixCollate:
         if worker and worker.seed!=self.seed:
             self.seed = worker.seed
             self.mixer.set_rng(np.random.default_rng([self.seed, _rank()]))
+        check_items(samples[0])
         batch = self.collate_fn(samples)
         xb,yb = self.keys.take(batch)
         plan,*_ = self.mixer.draw_batch(tuple(tensors_in(xb)), tuple(tensors_in(yb)))

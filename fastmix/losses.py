@@ -8,29 +8,22 @@ Docs: https://fastmix.github.io/fastmix/losses.html.md"""
 from __future__ import annotations
 
 from functools import partial
+from warnings import warn
 
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from fastcore.basics import noop, patch
 from fastai.layers import NoneReduce
-from fastai.losses import BaseLoss, LabelSmoothingCrossEntropy
+from fastai.losses import LabelSmoothingCrossEntropy
 
 from ._loss_config import *
+from ._own_loss import *
 from .core import *
 from .plan import *
 
 # %% auto #0
-__all__ = ['per_sample', 'mix_class_loss', 'check_separable', 'MultiLoss', 'losses_of', 'targets_of_parts', 'mix_losses',
-           'soft_targets', 'soft_loss', 'ClassBCELoss', 'mix_targets', 'MixLoss']
-
-# %% ../nbs/07_losses.ipynb #335702c8
-def per_sample(
-    lam:Tensor, # (bs, ...), or (1, ...) for the whole batch
-    u:Tensor, # (bs, ...), or (bs*k, ...) flattened sample after sample
-) -> Tensor: # Broadcasts with `u`
-    "`lam`, spread over the elements of each sample in `u`"
-    if len(lam) not in (1,len(u)): lam = lam.repeat_interleave(len(u)//len(lam), 0)
-    return lam.view(*lam.shape, *[1]*(u.ndim-lam.ndim))
+__all__ = ['mix_class_loss', 'MultiLoss', 'losses_of', 'targets_of_parts', 'mix_losses', 'soft_targets', 'soft_loss',
+           'ClassBCELoss', 'mix_targets', 'MixLoss']
 
 # %% ../nbs/07_losses.ipynb #a309bc31
 def _fit_classes(y, shape, axis, flattens):
@@ -51,6 +44,7 @@ def mix_class_loss(
 ) -> Tensor: # Reduced as the loss reduces
     "The mean of the losses on a sample's targets, each by its weight, from one log-softmax of `pred`"
     pred,axis = as_plain(pred),(c.axis or 1) % pred.ndim
+    if pred.element_size()<4 and torch.is_autocast_enabled(pred.device.type): pred = pred.float()   # as PyTorch's own
     logp = pred if isinstance(c.func, nn.NLLLoss) or c.func is F.nll_loss else F.log_softmax(pred, axis)
     y = _fit_classes(plan.gather(as_plain(y).long()), pred.shape, axis, c.axis is not None)
     keep = y != c.ignore_index
@@ -70,44 +64,6 @@ def _smoothing(c, logp, axis, keep, lam):
     u = logp.mean(axis, keepdim=True)
     if fastais: return u/u.numel() if c.reduction=='mean' else u
     return torch.where(keep.any(axis, keepdim=True), u, 0) * lam.sum(axis, keepdim=True)
-
-# %% ../nbs/07_losses.ipynb #d51cdf5f
-def _weighted_sum(us, weights):
-    us = [as_plain(o).to(torch.promote_types(o.dtype, torch.float32)) for o in us]
-    return sum(w.to(u.dtype)*u for u,w in zip(us, weights))
-
-_one_lam = 'mix with one λ for the batch, `per_batch=True`'
-
-def _mix_values(loss_func, weights, pred, ybs):
-    if len(weights)==1: return _weighted_sum([loss_func(pred, *yb) for yb in ybs], weights[0])
-    if not is_separable(loss_func): raise ValueError(
-        f'{loss_func} has no `reduction` to leave out, so it cannot be mixed sample by sample: {_one_lam}')
-    with NoneReduce(loss_func) as f: us = [f(pred, *yb) for yb in ybs]
-    u,bs = us[0],len(weights)
-    flattens = any(isinstance(f, BaseLoss) for f in loss_layers(loss_func))
-    if not u.ndim or len(u)%bs or len(u)!=bs and not flattens: raise ValueError(
-        f'{loss_func} left unreduced has the shape {tuple(u.shape)}, which has no values for each of the {bs} samples: {_one_lam}')
-    reduction,u = loss_option(loss_func, 'reduction'),_weighted_sum(us, [per_sample(w, u) for w in weights.unbind(1)])
-    return u if reduction=='none' else getattr(u, reduction)()
-
-# %% ../nbs/07_losses.ipynb #0b23ea2e
-def check_separable(
-    loss_func, # Loss, as a fastai `Learner` takes it
-    plan:Plan, # How the batch was mixed
-    pred, # Predictions
-    ybs:list, # Targets, and those of each partner, as tuples
-):
-    "A `ValueError` if `loss_func` cannot be mixed sample by sample: tried with all of the weight on each target in turn"
-    if len(plan.weights)==1 or is_standard(loss_func): return
-    bs,k = plan.weights.shape
-    rows = torch.arange(bs, device=plan.weights.device)
-    pred = map_tensors(lambda o: o.float() if o.is_floating_point() and o.element_size()<4 else o, pred)   # to tell small differences
-    with torch.no_grad():
-        want = loss_func(pred, *(torch.stack(ys)[rows%k,rows] for ys in zip(*ybs)))
-        got = _mix_values(loss_func, F.one_hot(rows%k, k), pred, ybs)
-    if not torch.allclose(got, want.to(got.dtype), rtol=torch.finfo(want.dtype).eps**.5, equal_nan=True): raise ValueError(
-        f'{loss_func} returns {want.mean().item():.6g} where its unreduced values, reduced as it says, make {got.mean().item():.6g}, '
-        f'so it cannot be mixed sample by sample: {_one_lam}')
 
 # %% ../nbs/07_losses.ipynb #94c24cbb
 def _modules_in(*losses): return nn.ModuleList(o for f in losses for o in loss_layers(f) if isinstance(o, nn.Module))
@@ -181,9 +137,9 @@ def mix_losses(
         return loss_func.total(mix_losses(f, plan, p, (y,), check=check) if m else f(p, y) for (f,p,y),m in parts)
     c = class_loss(loss_func) if len(yb)==1 and not yb[0].is_floating_point() else None
     if c: return mix_class_loss(c, plan, pred, yb[0])
-    ybs = targets_of_parts(plan, yb, mixed)
-    if check: check_separable(loss_func, plan, pred, ybs)
-    return _mix_values(loss_func, plan.weights, pred, ybs)
+    ybs,calls = targets_of_parts(plan, yb, mixed),LossCalls(loss_func, pred)
+    if check: check_separable(calls, plan.weights, ybs)
+    return mix_values(calls, plan.weights, ybs)
 
 # %% ../nbs/07_losses.ipynb #a83e3a27
 def soft_targets(
@@ -202,21 +158,22 @@ def soft_targets(
 def soft_loss(
     loss_func, # Loss, as a fastai `Learner` takes it
     plan:Plan, # How the batch was mixed
-    pred:Tensor, # (bs, c, ...) Predictions for the mixed inputs; in a fastai loss, the classes are in its `axis`
+    pred:Tensor, # (bs, c, ...) Predictions for the mixed inputs
     yb:tuple, # Targets: classes (n, ...)
 ) -> Tensor: # Reduced as `loss_func` reduces
-    "The loss on one-hot, mixed targets; a `ValueError` where `loss_func` does not take any"
-    f,c = loss_func,class_loss(loss_func)
-    if c and c.axis is not None: f,pred = loss_layers(loss_func)[1],as_plain(pred).movedim(c.axis, 1)
+    "The loss on one-hot, mixed targets; a `ValueError` where `loss_func` takes none, or treats them as others than the classes that they stand for"
+    if class_loss(loss_func): return mix_losses(loss_func, plan, pred, yb)   # linear in its target, so this is the same
     if len(yb)>1: raise ValueError(f'soft=True is for one target, but {loss_func} takes {len(yb)}: mix its losses, soft=False')
-    y,ignore_index = yb[0],loss_option(loss_func, 'ignore_index')
-    if loss_option(loss_func, 'label_smoothing') and ignore_index is not None and (y==ignore_index).any(): raise ValueError(
-        f'{loss_func} smooths probabilities also where its target is to be ignored, {ignore_index}: '
-        'mix its losses, soft=False, or leave out label_smoothing')
-    target = soft_targets(plan, y.view(-1) if y.numel()==len(y) else y, pred.shape[1], ignore_index)   # tables have (n, 1)
-    try: return f(pred, target)
-    except (TypeError,ValueError,RuntimeError) as e: raise ValueError(
-        f'{loss_func} does not take probabilities as targets: mix its losses, soft=False') from e
+    calls,own = LossCalls(loss_func, pred),plan.unmixed(yb[0])
+    def loss(y, what):
+        try: return calls(loss_func, (y,))
+        except (TypeError,ValueError,RuntimeError,IndexError) as e: raise ValueError(f'{loss_func} does not take {what} as targets: mix its losses, soft=False') from e
+    def soft(plan, y): return loss(soft_targets(plan, y.view(-1) if y.numel()==len(y) else y, pred.shape[1], loss_option(loss_func, 'ignore_index')), 'probabilities')
+    with torch.no_grad(): want,got = loss(own, 'classes, as a validation set has them,'),soft(unmixed_plan(len(own)).to(own.device), own)
+    if want.shape!=got.shape or not torch.allclose(got, want.to(got.dtype), rtol=1e-3, equal_nan=True): raise ValueError(
+        f'{loss_func} returns {want.mean().item():.6g} for classes, but {got.mean().item():.6g} for the same classes as probabilities, '
+        'so training and validation would have different losses: mix its losses, soft=False')
+    return soft(plan, yb[0])
 
 # %% ../nbs/07_losses.ipynb #7d8c5118
 class ClassBCELoss(nn.Module):
@@ -252,6 +209,12 @@ def _mix_target(loss_func, plan, y):
     raise ValueError(f'y_int=False would blend classes, of shape {tuple(y.shape)}, as numbers, which {loss_func} does not take: '
         'leave y_int out, or pass it probabilities by soft=True')
 
+def _check_pairwise(y):
+    "A `ValueError` if `y`, as wide as it is long, holds a value for each pair of samples, as far as can be seen; a warning where it may"
+    if y.any() and y.equal(y.T): raise ValueError(f'A target of shape {tuple(y.shape)}, the same when rows and columns change places, '
+        'seems to hold a value for each pair of samples, and the pairs of mixtures have none: have the loss compute it of targets that each sample has')
+    if y.is_floating_point(): warn(f'A target of shape {tuple(y.shape)} is taken for {len(y)} values of each sample, not for a value of each pair of samples, which cannot be mixed')
+
 def mix_targets(
     loss_func, # Loss, as a fastai `Learner` takes it
     plan:Plan, # How the batch is mixed
@@ -260,8 +223,10 @@ def mix_targets(
     soft:bool=False, # Does `loss_func` get probabilities? Targets that are floats are blended then
 ) -> tuple: # Targets, each (n, ...) if its losses are mixed, else mixed, (bs, ...); for which the losses are mixed, a list of bool
     "Decide for each target whether its losses are mixed, and mix the others"
+    for y in yb:
+        if y.ndim==2 and y.shape[0]==y.shape[1]>2: _check_pairwise(y)
     losses = losses_of(loss_func, len(yb))
-    mixed = [mixes_losses(f, y, False if soft and y_int is None and y.is_floating_point() else y_int) for f,y in zip(losses, yb)]
+    mixed = [mixes_losses(f, y, not y.is_floating_point() if soft and y_int is None else y_int) for f,y in zip(losses, yb)]
     if not isinstance(loss_func, MultiLoss): mixed = [any(mixed)]*len(yb)   # one loss of them all
     mixed = [m and plan.is_blended(y) for m,y in zip(mixed, yb)]
     return tuple([y if m else _mix_target(f, plan, y) for f,y,m in zip(losses, yb, mixed)]),mixed
@@ -269,7 +234,7 @@ def mix_targets(
 # %% ../nbs/07_losses.ipynb #65dcacf9
 class MixLoss(nn.Module):
     "`loss_func`, mixed for the batch that it was made for, or by `plan=`; in all else `loss_func` itself. It never changes"
-    _attrs = {'loss_func','inner','plan','targets','mixed','yb','soft','calls','training'}
+    _attrs = {'loss_func','inner','plan','targets','mixed','yb','soft','calls','results','training'}
     def __init__(self,
         loss_func, # Loss, as a fastai `Learner` takes it
         plan:Plan=None, # How the batch that it is made for is mixed; in a loop, pass it with each call instead
@@ -279,7 +244,7 @@ class MixLoss(nn.Module):
         check:bool=True, # Try whether a loss of your own can be mixed sample by sample?
     ):
         super().__init__()
-        vars(self).update(plan=plan, soft=soft, calls=[], _y_int=y_int, _check=check)
+        vars(self).update(plan=plan, soft=soft, calls=[], results=[], _y_int=y_int, _check=check)
         if plan is None: self.loss_func,self.inner = loss_func,_modules_in(*loss_layers(loss_func)[1:])   # what is in fastai's losses, to move and save it
         else:
             targets,mixed = mix_targets(loss_func, plan, targets, y_int, soft)
@@ -299,11 +264,13 @@ class MixLoss(nn.Module):
     def __reduce_ex__(self, protocol): return super().__reduce_ex__(protocol) if self.plan is None else (noop,(self.loss_func,))
 
 # %% ../nbs/07_losses.ipynb #8d340d7e
+_unsaid = object()
+
 @patch
 def forward(self:MixLoss,
     pred=None, # Predictions for the mixed inputs
     *yb, # Targets, each (bs, ...)
-    plan:Plan=None, # In a loop without a `Learner`: how this batch was mixed
+    plan:Plan=_unsaid, # In a loop without a `Learner`: how this batch was mixed; None where it was not, and where nothing is trained
     **kwargs # For `loss_func`; `input` and `target` are predictions and targets, as in PyTorch
 ) -> Tensor: # Reduced as `loss_func` reduces
     "The mixed loss for `plan`, or for the targets that this loss was made for, else `loss_func(pred, *yb)`"
@@ -311,13 +278,21 @@ def forward(self:MixLoss,
     if 'input' in kwargs: pred = kwargs.pop('input')
     loss_func = partial(self.loss_func, **kwargs) if kwargs else self.loss_func
     if self.plan is not None: self.calls.append(yb)
+    if plan is _unsaid: plan = _remind(pred) if self.plan is None else None
     if plan is not None: targets,mixed = mix_targets(loss_func, plan, yb, self._y_int, self.soft)
     elif self.is_for(yb): plan,targets,mixed = self.plan,self.targets,self.mixed
     else: return loss_func(pred, *yb)
     if not any(mixed): return loss_func(pred, *targets)
     for name,o in kwargs.items(): _check_keyword(name, o, pred, len(yb[0]))
-    if self.soft and all(mixed): return soft_loss(loss_func, plan, pred, targets)
-    return mix_losses(loss_func, plan, pred, targets, mixed, self._check)
+    if self.soft and all(mixed): res = soft_loss(loss_func, plan, pred, targets)
+    else: res = mix_losses(loss_func, plan, pred, targets, mixed, self._check)
+    if self.plan is not None: self.results.append(res)
+    return res
+
+def _remind(pred):
+    "Warn of predictions that are trained without a plan"
+    trains = torch.is_grad_enabled() and not torch.compiler.is_compiling() and any(o.requires_grad for o in tensors_in(pred) if isinstance(o, Tensor))
+    if trains: warn('MixLoss trains without a plan, as if nothing was mixed: pass it the plan of the batch, loss(pred, y, plan=plan), or plan=None where nothing is')
 
 def _check_keyword(name, o, pred, bs):
     "A `ValueError` if the keyword `name` holds a value for each sample, which would have to be mixed"

@@ -10,6 +10,8 @@ from __future__ import annotations
 from fnmatch import fnmatch
 
 from fastai.basics import *
+from fastai.tabular.model import TabularModel
+from fastai.text.models.core import PoolingLinearClassifier
 
 from .core import *
 from .inputs import *
@@ -17,15 +19,17 @@ from .mixers import *
 from .plan import *
 
 # %% auto #0
-__all__ = ['stages', 'find_layers', 'LayerPlan', 'HiddenLayer', 'ManifoldMixUp']
+__all__ = ['stages', 'find_layers', 'check_not_compiled', 'LayerPlan', 'HiddenLayer', 'ManifoldMixUp']
 
 # %% ../nbs/11_manifold.ipynb #c61794c2
+def _is_sequence(m): return type(m).forward is nn.Sequential.forward   # and no subclass that does something else
+
 def _chain(m):
     "Name of the part whose layers come one after the other, None where that is unknown"
-    if isinstance(getattr(m, 'layers', None), nn.Sequential): return 'layers'   # tables
-    if not isinstance(m, nn.Sequential) or not len(m): return None
-    if isinstance(getattr(m[-1], 'layers', None), nn.Sequential): return f'{len(m)-1}.layers'   # texts
-    return '0' if len(m)==2 and isinstance(m[0], nn.Sequential) else ''   # images: a body and a head
+    if type(m).forward is TabularModel.forward: return 'layers'
+    if not _is_sequence(m) or not len(m): return None
+    if type(m[-1]).forward is PoolingLinearClassifier.forward: return f'{len(m)-1}.layers'   # texts
+    return '0' if len(m)==2 and _is_sequence(m[0]) else ''   # images: a body and a head
 
 # %% ../nbs/11_manifold.ipynb #233c7edc
 def _composite(m): return [name for name,child in m.named_children() if len(list(child.children()))]
@@ -39,7 +43,7 @@ def stages(
     at = _chain(model)
     if at is None: return []
     m = model.get_submodule(at)
-    while len(names := _composite(m))==1 and isinstance(inner := m.get_submodule(names[0]), nn.Sequential): at,m = f'{at}.{names[0]}'.strip('.'),inner
+    while len(names := _composite(m))==1 and _is_sequence(inner := m.get_submodule(names[0])): at,m = f'{at}.{names[0]}'.strip('.'),inner
     return [f'{at}.{o}'.strip('.') for o in (names[:-1] if len(names)>1 else _activations(m))]
 
 # %% ../nbs/11_manifold.ipynb #c9d18dc0
@@ -60,6 +64,17 @@ def find_layers(
     raise ValueError(f'layers must name what to mix behind, but it is {layers!r}')
 
 # %% ../nbs/11_manifold.ipynb #56aa6452
+def check_not_compiled(
+    model:nn.Module, # Whose layers they are
+    layers:list, # Names
+):
+    "A `TypeError` if one of `layers` is compiled, or a part of what is: nothing can be mixed there"
+    for name in layers:
+        parts = name.split('.') if name!='input' else []
+        if any(is_compiled(model.get_submodule('.'.join(parts[:i]))) for i in range(len(parts)+1) if i or parts): raise TypeError(
+            f'The layer {name} is compiled, or part of a compiled model, where nothing can be mixed: train the model itself, '
+            'learn.model = learn.model._orig_mod, or compile only parts behind the layer')
+
 class LayerPlan(Plan):
     "A `Plan`, and the layer to mix behind"
     def __init__(self,
@@ -135,7 +150,9 @@ class ManifoldMixUp(MixUp):
 
     def before_fit(self):
         "Check that the layers are there, and begin"
-        find_layers(get_model(self.learn.model), self.layers)
+        model = get_model(self.learn.model)
+        names = find_layers(getattr(model, '_orig_mod', model), self.layers)
+        check_not_compiled(model, names)
         super().before_fit()
 
     def adapt_plan(self, plan, xs, model=None):
@@ -145,7 +162,9 @@ class ManifoldMixUp(MixUp):
         return LayerPlan(super().adapt_plan(plan, xs, model) if layer=='input' else plan, layer)
 
     def mix_inputs(self, plan, xs, model=None):
-        return super().mix_inputs(plan, xs, model) if plan.layer=='input' else HiddenLayer(plan, xs, model)
+        if plan.layer=='input': return super().mix_inputs(plan, xs, model)
+        check_not_compiled(get_model(model), [plan.layer])
+        return HiddenLayer(plan, xs, model)
 
     @property
     def layer(self) -> str: # None between trainings

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from fastai.vision.all import *
 from fastai.learner import mk_metric
 
+from ._loss_config import loss_option
 from .core import *
 from .handler import *
 
@@ -106,10 +107,12 @@ class CleanLoss(Metric):
     def name(self): return 'clean_loss'
 
 # %% ../nbs/13_metrics.ipynb #224b09fa
-def _classes_of(probs, targs):
-    "`targs`, if they are a class for each prediction, or a `ValueError`"
+def _labelled(loss_func, probs, targs):
+    "Probabilities (n, c) and classes (n,), without what the loss ignores; a `ValueError` if `targs` are no class for each prediction"
     if targs.shape==(len(probs),1) and probs.ndim==2: targs = targs[:,0]
-    if not targs.is_floating_point() and probs.ndim>1 and targs.shape==probs.shape[:1]+probs.shape[2:]: return targs.long()
+    if not targs.is_floating_point() and probs.ndim>1 and targs.shape==probs.shape[:1]+probs.shape[2:]:
+        keep = targs != loss_option(unmixed_loss(loss_func), 'ignore_index', -100)
+        return as_plain(probs).movedim(1, -1)[keep],as_plain(targs)[keep].long()
     raise ValueError(f'Calibration needs one class for each sample, but predictions have the shape {tuple(probs.shape)} and targets {tuple(targs.shape)}, {targs.dtype}')
 
 def _as_probs(loss_func, pred):
@@ -129,7 +132,7 @@ class CalibrationError(AccumMetric):
 
     def accumulate(self, learn):
         probs = _as_probs(learn.loss_func, learn.pred)
-        self.accum_values(probs, _classes_of(probs, learn.y), learn)
+        self.accum_values(*_labelled(learn.loss_func, probs, learn.y), learn)
 
 # %% ../nbs/13_metrics.ipynb #f03cb2c7
 def calibration_bins(
@@ -155,7 +158,7 @@ def plot_calibration(self:Learner,
     "Draw a reliability diagram: accuracy over confidence, and how often each confidence occurs; the title has the expected calibration error"
     with self.no_bar(): probs,targs = self.get_preds(ds_idx, dl)
     if not hasattr(self.loss_func, 'activation'): probs = _as_probs(self.loss_func, probs)
-    conf,acc,fraction = calibration_bins(probs, _classes_of(probs, targs), n_bins)
+    conf,acc,fraction = calibration_bins(*_labelled(self.loss_func, probs, targs), n_bins)
     ax,left = ax or plt.subplots(**kwargs)[1],torch.arange(n_bins)/n_bins
     ax.bar(left, fraction, 1/n_bins, align='edge', color='.8', label='fraction of predictions')
     ax.plot([0,1], [0,1], 'k:', lw=1)

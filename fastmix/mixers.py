@@ -80,19 +80,21 @@ class ResizeMix(MixHandler):
         min_side:float=.1, # Least side of the box, as a fraction of the image's
         max_side:float=.8, # Largest side of the box, as a fraction of the image's
         per_batch:bool=False, # One box for the whole batch instead of one per sample?
+        spatial_dims:int=None, # How many of the last dimensions are places; by default all after the channels
         **kwargs # For `MixHandler`
     ):
         super().__init__(per_batch=per_batch, **kwargs)
         self.min_side,self.max_side = _check_sides(min_side, max_side)
+        self.spatial_dims = check_spatial_dims(spatial_dims)
 
     def make_plan(self, d):
-        size,sides = image_size(d.x),torch.from_numpy(d.rng.uniform(self.min_side, self.max_side, self.n_lam(d)))
+        size,sides = image_size(d.x, self.spatial_dims),torch.from_numpy(d.rng.uniform(self.min_side, self.max_side, self.n_lam(d)))
         return Plan.of(d.idx(), region=ShrunkBoxes(draw_inner_boxes(sides, size, d.rng), size), n=d.n)
 
 # %% ../nbs/10_mixers.ipynb #3a7be1c1
-class SaliencyMix(BetaMix):
+class SaliencyMix(RegionMix):
     "Paste the most salient box of another sample of its batch into each sample: [SaliencyMix](https://arxiv.org/abs/2006.01791)"
-    @delegates(BetaMix)
+    @delegates(RegionMix)
     def __init__(self,
         alpha:float=1., # The box covers the fraction 1-λ, before clipping, with λ from Beta(`alpha`,`alpha`); 0 is off
         saliency:callable=spectral_residual, # Function of a batch (bs, channels, *size): its map (bs, *small), of any size
@@ -105,7 +107,8 @@ class SaliencyMix(BetaMix):
         self.saliency = saliency
 
     def plan_for(self, d, alpha):
-        size,x,lam,idx = image_size(d.x),d.x,draw_lam(self.n_lam(d), alpha, d.rng, self.fold),d.idx()
+        size,x,lam,idx = image_size(d.x, self.spatial_dims),d.x,draw_lam(self.n_lam(d), alpha, d.rng, self.fold),d.idx()
+        if self.spatial_dims: x = x.reshape(len(x), -1, *size)
         if not len(x): return Plan.of(idx, lam, n=d.n)
         lam,idx = lam.to(x.device),idx.to(x.device)
         found = self.saliency(x)
@@ -226,8 +229,11 @@ class CutMixUp(OneOf):
         alpha:float=.4, # Of `MixUp`
         cut_alpha:float=1., # Of `CutMix`
         cut_p:float=.5, # Fraction of the batches, or samples, to cut
+        spatial_dims:int=None, # How many of the last dimensions are places; by default all after the channels
         **kwargs # For `OneOf`
-    ): super().__init__(MixUp(alpha), CutMix(cut_alpha), p=[_rest(cut_p),cut_p], **kwargs)
+    ):
+        if 'p' in kwargs: raise TypeError(f'CutMixUp has cut_p, the fraction to cut, and not p={kwargs["p"]!r}. To mix a fraction only, write OneOf(MixUp(.4), CutMix(), None, p=[1,1,2])')
+        super().__init__(MixUp(alpha), CutMix(cut_alpha, spatial_dims=spatial_dims), p=[_rest(cut_p),cut_p], **kwargs)
 
     def __repr__(self): return f'CutMixUp({self.mixers[0].alpha!r}, {self.mixers[1].alpha!r}, {self.p[1]!r})'
 

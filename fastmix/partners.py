@@ -88,7 +88,7 @@ def near_target(
     "Partners other than a sample itself, the likelier the nearer in target ([C-Mixup](https://arxiv.org/abs/2210.05775), eq. 6)"
     if not (isinstance(bandwidth, numbers.Real) and bandwidth>0): raise ValueError(f'bandwidth must be above 0, but it is {bandwidth!r}')
     if not yb or not yb[0].is_floating_point(): raise ValueError(
-        'near_target needs numbers as targets: for classes use same_class or other_class')
+        'near_target needs numbers as targets, floats unless the loss is one of numbers: for classes use same_class or other_class')
     y = yb[0].detach().cpu().double()[...,None].flatten(1)
     d = torch.cdist(y, y).square().fill_diagonal_(math.inf)
     if len(y)>1: d = d - d.min(1, keepdim=True).values   # the nearest keeps a chance however far it is

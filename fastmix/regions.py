@@ -17,18 +17,26 @@ from ._cpu import fast_paste, new_memory
 from .core import *
 
 # %% auto #0
-__all__ = ['image_size', 'draw_boxes', 'box_mask', 'paste_mask', 'Region', 'Boxes', 'Mask', 'draw_grid_masks',
-           'draw_fourier_masks', 'draw_inner_boxes', 'shrink_into', 'ShrunkBoxes', 'spectral_residual',
-           'highest_points', 'boxes_around']
+__all__ = ['check_spatial_dims', 'image_size', 'draw_boxes', 'box_mask', 'paste_mask', 'Region', 'Boxes', 'Mask',
+           'draw_grid_masks', 'draw_fourier_masks', 'draw_inner_boxes', 'shrink_into', 'ShrunkBoxes',
+           'spectral_residual', 'highest_points', 'boxes_around']
 
 # %% ../nbs/02_regions.ipynb #fdf88d60
+def check_spatial_dims(n): return n if n is None else check_count('spatial_dims', n)
+
 def image_size(
-    x:Tensor, # (bs, channels, *size)
+    x:Tensor, # (bs, channels, *size), or (bs, ..., *size) if `spatial_dims` is given
+    spatial_dims:int=None, # How many of the last dimensions are places; by default all after the channels
 ) -> tuple: # d numbers: 1 for signals, 2 for images, 3 for volumes
-    "The size of the images in `x`; a `ValueError` if there is none"
-    if x.ndim>2: return x.shape[2:]
-    raise ValueError(
-        f'An input of shape {tuple(x.shape)} has no place to cut a box from: use `MixUp`, or pass inputs of shape (batch, channels, *size)')
+    "The size of the images in `x`; a `ValueError` if there is none, or where `x` looks like channels last, or like the frames of a film"
+    shape,where = tuple(x.shape),'say how many of the last dimensions are places, as in CutMix(spatial_dims=2)'
+    if spatial_dims is not None and x.ndim>spatial_dims: return x.shape[-spatial_dims:]
+    if spatial_dims is not None or x.ndim<3: raise ValueError(
+        f'An input of shape {shape} has no place to cut a box from: use `MixUp`, or pass inputs of shape (batch, channels, *size)')
+    if shape[-1]<=4<shape[1] and (x.ndim==3 or shape[-2]!=shape[-1]): raise ValueError(
+        f'An input of shape {shape} seems to have its channels last: pass x.movedim(-1, 1), or, if they are not, {where}')
+    if x.ndim==5 and shape[2] in (1,3): raise ValueError(f'An input of shape {shape} seems to hold frames of images, (batch, time, channels, height, width): {where}')
+    return x.shape[2:]
 
 # %% ../nbs/02_regions.ipynb #2b40d9a5
 def draw_boxes(

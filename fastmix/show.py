@@ -117,13 +117,15 @@ def show_mix(self:MixHandler,
     ncols:int=None, # Columns of the grid
     figsize:tuple=None, # Width and height of the figure, in inches
     saliency:callable=None, # Lay this map of each partner over the image, such as `spectral_residual`
+    pct:float=0., # Fraction of the training that is done, 0 to 1, for schedules
 ):
     "Show a training batch as the model is called with it, each image captioned with its targets and their weights"
+    if isinstance(dls, Learner): raise TypeError(f'show_mix takes DataLoaders: write learn.show_mix() for the mixer of a learner, or dls.show_mix({self!r})')
     if not hasattr(dls.train, 'decode_batch'): raise TypeError(
         f'show_mix needs loaders of fastai, which know how to show their items, but this one is a {type(dls.train).__name__}: images can be logged instead, by LogMix')
     b = ifnone(b, dls.one_batch())
     inputs,learn = tuple(b[:dls.n_inp]),self.learn
-    plan,target_plan,xs,ys = self.draw_batch(tuple(tensors_in(inputs)), b[dls.n_inp:], learn and unmixed_loss(learn.loss_func), learn and learn.model)
+    plan,target_plan,xs,ys = self.draw_batch(tuple(tensors_in(inputs)), b[dls.n_inp:], learn and unmixed_loss(learn.loss_func), learn and learn.model, pct)
     if isinstance(dls.train, TabDataLoader): return display_df(_mix_table(dls, plan, xs, ys, max_n))
     mixed = iter([plan.unmixed(x) if is_categorical(x) and plan.is_blended(x) else plan.mix(x) for x in xs])   # categories have no image of a mixture
     shown = decode_mix(dls, target_plan, map_tensors(lambda _: next(mixed), inputs), ys, max_n)
@@ -139,8 +141,7 @@ def show_mix(self:DataLoaders,
     **kwargs # For `MixHandler.show_mix`
 ):
     "Show a training batch as `mixer` will mix it"
-    if not isinstance(mixer, MixHandler): raise TypeError(f'mixer must be one of fastmix, such as MixUp(.4), imported after fastai, but it is a {type(mixer).__module__}.{type(mixer).__name__}')
-    mixer.show_mix(self, **kwargs)
+    check_mixer(mixer, 'dls.show_mix(MixUp(.4))').show_mix(self, **kwargs)
 
 # %% ../nbs/12_show.ipynb #e494f5ec
 @patch
@@ -179,3 +180,13 @@ def plot_lam(self:MixHandler,
     ax.set(xlabel='λ, the weight of the sample itself', ylabel='density', xlim=(0,1), ylim=(0,min(ax.get_ylim()[1], 6)))
     if ax.lines or ax.patches: ax.legend()
     return ax
+
+# %% ../nbs/12_show.ipynb #3e6f72d4
+@patch
+@delegates(MixHandler.plot_lam)
+def plot_lam(self:Learner,
+    ax:plt.Axes=None, # Where to draw; new axes by default
+    **kwargs # For `plt.subplots`
+) -> plt.Axes:
+    "Plot the density of λ of this learner's mixer"
+    return find_mixer(self).plot_lam(ax, **kwargs)

@@ -35,7 +35,7 @@ def class_dls(n=32, n_in=6, c=4, bs=8, seed=0, **kwargs):
 
 def mk_learn(dls, model=None, loss_func=None, **kwargs):
     set_seed(0)
-    learn = Learner(dls, model or nn.Linear(6, 4), loss_func=loss_func or nn.CrossEntropyLoss(), **kwargs)
+    learn = Learner(dls, model or nn.Linear(6, 4), loss_func=nn.CrossEntropyLoss() if loss_func is None else loss_func, **kwargs)
     # fastai's progress bar, there once anybody has imported it, breaks by itself when a fit is cancelled before it has begun
     return learn.remove_cbs([cb for cb in learn.cbs if cb.name=='progress'])
 

@@ -16,11 +16,11 @@ from fastai.learner import load_learner
 from fastai.losses import CrossEntropyLossFlat, MSELossFlat
 from fastai.torch_core import TensorImage, set_seed
 from fastai.vision.core import TensorPoint
-from fastmix.handler import MixHandler
+from fastmix.handler import MixHandler, check_mixer, find_mixer
 from fastmix.losses import MixLoss
 from fastmix.manifold import ManifoldMixUp
 from fastmix.mixers import CutMix, MixUp, OneOf
-from fastmix.partners import SecondLoader, derange
+from fastmix.partners import SecondLoader, derange, near_target
 from helpers import class_dls, exportable_dls, mk_dls, mk_learn, name_of, quiet_fit, Record
 
 def blended(b): return [torch.lerp(x[b['plan'].idx].double(), x.double(), b['plan'].lam.double().view(-1, *[1]*(x.ndim-1))) for x in b['xb']]
@@ -583,3 +583,49 @@ def test_a_float_mask_of_a_second_loader_is_not_cut_without_partners():
     dls = mk_dls([torch.rand(16, 3, 6, 6)], [torch.rand(16, 1, 6, 6)])
     with pytest.raises(ValueError, match='mask cannot be cut|larger weight'):
         quiet_fit(mk_learn(dls, nn.Conv2d(3, 1, 1), MSELossFlat(), cbs=CutMix(fold=True, partners=SecondLoader(dl))))
+
+# What a callback does in the middle of a batch
+
+class Validates(Callback):
+    "Validates in the middle of the second batch, and puts the learner's state back"
+    order,on = 5,False
+    def __init__(self, event, method): self.method = method; setattr(self, event, self.validate)
+    def validate(self):
+        learn = self.learn
+        if self.on or not learn.training or learn.train_iter!=1: return
+        self.on,was = True,{k:getattr(learn, k) for k in ('xb','yb','pred','dl','training','iter','train_iter','pct_train','loss','loss_grad') if hasattr(learn, k)}
+        with learn.no_bar(),learn.no_logging(): getattr(learn, self.method)()
+        for k,v in was.items(): setattr(learn, k, v)
+        self.on = False
+
+@pytest.mark.parametrize('method', ['validate','get_preds'])
+def test_validation_before_the_loss_of_a_batch_is_an_error(method):
+    own = CrossEntropyLossFlat()
+    learn = mk_learn(class_dls(), loss_func=own, cbs=[MixUp(1.), Validates('after_pred', method)])
+    with pytest.raises(RuntimeError, match='validated or predicted in the middle of it.*in after_batch'): quiet_fit(learn)
+    learn.remove_cb(learn.validates)
+    check_own(learn, own)
+
+@pytest.mark.parametrize('event', ['after_loss','after_backward','after_batch'])
+@pytest.mark.parametrize('method', ['validate','get_preds'])
+def test_validation_after_the_loss_of_a_batch(event, method):
+    learn = mk_learn(class_dls(), cbs=[MixUp(1.), Validates(event, method), Record()])
+    for b in quiet_fit(learn).record.batches: torch.testing.assert_close(b['loss'], mixed_ce(b))
+
+def mixed_ce(b):
+    y,plan = b['yb'][0],b['plan']
+    u,u1 = (F.cross_entropy(b['pred'], o, reduction='none') for o in (y,y[plan.idx]))
+    return (plan.lam*u + (1-plan.lam)*u1).mean()
+
+def test_partners_see_numbers_where_the_loss_does():
+    "Ages are numbers, whatever their type; classes are none"
+    x,y = torch.randn(32, 6),torch.arange(32)[:,None]
+    for b in quiet_fit(mk_learn(mk_dls([x], [y]), nn.Linear(6, 1), MSELossFlat(), cbs=[MixUp(1., partners=near_target), Record()])).record.batches:
+        y,plan = b['yb'][0].float(),b['plan']
+        torch.testing.assert_close(b['loss'], F.mse_loss(b['pred'], plan.lam[:,None]*y + (1-plan.lam[:,None])*y[plan.idx]))
+    with pytest.raises(ValueError, match='near_target needs numbers'): quiet_fit(mk_learn(class_dls(), cbs=MixUp(1., partners=near_target)))
+    quiet_fit(mk_learn(mk_dls([x], [y]), nn.Linear(6, 1), lambda p,y: (p-y).abs().mean(), cbs=MixUp(1., partners=near_target, y_int=False)))
+
+def test_a_mixer_of_fastai_is_named():
+    with pytest.raises(ValueError, match='has MixUp of fastai.callback.mixup, which is no mixer of fastmix'): find_mixer(mk_learn(class_dls(), cbs=FastaiMixUp()))
+    with pytest.raises(TypeError, match=r'as in Mixing\(MixUp\(.4\)\), but it is .* of fastai.callback.mixup'): check_mixer(FastaiMixUp(), 'Mixing(MixUp(.4))')

@@ -434,3 +434,14 @@ def test_a_second_gradient_of_the_batch_is_the_first():
     assert len(twice.grads)==4
     for first,second in twice.grads:
         for a,b in zip(first, second): assert_close(a, b)
+
+def test_integers_of_a_compiled_model_are_refused():
+    "But what comes behind its embeddings may be compiled"
+    dls = mk_dls([torch.randint(0, 20, (16,6))], [torch.arange(16)%4])
+    def net(): return nn.Sequential(nn.Sequential(nn.Embedding(20, 8), nn.Flatten()), nn.Linear(48, 4))
+    part,head = net(),net()
+    part[0].compile(backend='eager')
+    head[1].compile(backend='eager')
+    for model in torch.compile(net(), backend='eager'),part:
+        with pytest.raises(TypeError, match='cannot be followed into a compiled model.*_orig_mod'): quiet_fit(mk_learn(dls, model, cbs=MixUp(1.)))
+    quiet_fit(mk_learn(dls, head, cbs=MixUp(1.)))

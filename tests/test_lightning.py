@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
-from fastmix.lightning import Mixing, MixMonitor
+from fastmix.lightning import Mixing, MixMonitor, batch_targets
 from fastmix.log import mix_grids
 from fastmix.manifold import ManifoldMixUp
 from fastmix.mixers import CutMix, MixUp, OneOf
@@ -506,7 +506,8 @@ def test_masks_that_are_taken_for_an_input():
     class Weighed(Dense):
         def step(self, p, y, w): return self.loss_func(p, y.long())
     x,y,w = masks()
-    with pytest.raises(ValueError, match='with integers that MixUp.* has taken for an input'): fit(Weighed(as_tuple), MixUp(1.), dl=load(x, y.byte(), w))
+    with pytest.raises(ValueError, match='A batch of 3 may hold'): fit(Weighed(as_tuple), MixUp(1.), dl=load(x, y.byte(), w))
+    with pytest.raises(ValueError, match='with integers that MixUp.* has taken for an input'): fit(Weighed(as_tuple), MixUp(1.), dl=load(x, y.byte(), w), keys=dict(x=[0,1], y=2))
 
 def test_two_mixers():
     class Mine(Mixing): pass
@@ -517,7 +518,7 @@ def test_what_else_is_wrong_before_training():
     before = deepcopy(module.state_dict())
     with pytest.raises(ValueError, match="'image' is not in a dict with the keys 'img', 'label'"): fit(module, MixUp(1.), keys=dict(x='image'))
     with pytest.raises(ValueError, match=r'length of the training must be known: pass the Trainer max_epochs'): fit(module, MixUp(SchedLin(.1, 1.)), max_epochs=-1)
-    with pytest.raises(TypeError, match=r'mixer must be one of fastmix, such as MixUp\(.4\)'): Mixing(.4)
+    with pytest.raises(TypeError, match=r'mixer must be one of fastmix.* as in Mixing\(MixUp\(.4\)\)'): Mixing(.4)
     assert unchanged(module, before)
 
 # Images
@@ -607,3 +608,65 @@ if __name__=='__main__':
     trainer = fit(module, MixUp(1.), MixMonitor(), devices=2, strategy='ddp', logger=TensorBoardLogger(out))
     recs = [{k:v for k,v in o.items() if k!='plan'} | dict(lam=o['plan'].lam, idx=o['plan'].idx) for o in module.recs]
     save_rank(dict(recs=recs, seed=mixing(module).seed, clean=is_clean(module), params=[p.detach() for p in module.model.parameters()]), out, rank)
+
+# Metrics in `training_step`
+class Scores(Digits):
+    "Accuracy of each label by its weight; of other batches, accuracy"
+    def training_step(self, batch, batch_idx):
+        x,y = self.shape.take(batch)
+        pred = self(x)
+        self.score = sum((w*(pred.argmax(1)==y)).sum() for y,w in batch_targets(self.trainer, y)).item()/len(pred)
+        hits = (pred.argmax(1)[:,None]==y[(plan := mixing(self).record.plan).pairs])
+        assert self.score==pytest.approx((plan.sample_weights*hits).sum().item()/len(pred), abs=1e-6)
+        return self.loss_func(pred, y)
+    def validation_step(self, batch, batch_idx):
+        y = self.shape.take(batch)[1]
+        ((got,w),) = batch_targets(self.trainer, y)
+        assert got is y and w==1.
+
+def test_labels_and_weights_for_metrics(): fit(Scores(), MixUp(1.), valid=loader())
+
+def test_blended_labels_are_not_blended_for_metrics():
+    class Several(Digits):
+        def training_step(self, batch, batch_idx):
+            x,y = self.shape.take(batch)
+            (own,w),(partners,w1) = batch_targets(self.trainer, y)
+            assert not y.equal(y.round()) and own.equal(own.round())
+            torch.testing.assert_close(w[:,None]*own + w1[:,None]*partners, y)
+            return self.loss_func(self(x), y)
+    x,y = digits()
+    fit(Several(loss=nn.BCEWithLogitsLoss()), MixUp(1.), dl=load(x, F.one_hot(y, 10).float(), make=make_dict))
+
+# What says what to write
+def test_a_mixer_without_mixing():
+    with pytest.raises(TypeError, match=r'MixUp\(0.4\) is a callback of fastai: write Trainer\(callbacks=\[Mixing\(MixUp\(0.4\)\)\]'):
+        pl.Trainer(**quiet, max_epochs=1, callbacks=[MixUp(.4)]).fit(Digits(), loader())
+
+def test_two_mixings():
+    with pytest.raises(ValueError, match='more than one Mixing.*combine them'): fit(Digits(), MixUp(.4), Mixing(CutMix()))
+
+@pytest.mark.parametrize('look_up', [lambda s,x: s.bias(x[:,0])[:,0], lambda s,x: s.param[x[:,0]], lambda s,x: s.bias.forward(x[:,1])[:,0]], ids=['column','parameter','forward'])
+def test_every_look_up_is_mixed_or_refused(look_up):
+    class Recommender(Digits):
+        def mk_model(self):
+            self.bias,self.param = nn.Embedding(20, 1),nn.Parameter(torch.rand(20))
+            return nn.Sequential(nn.Embedding(20, 4), nn.Flatten(), nn.Linear(8, 10))
+        def forward(self, x): return self.model(x) + look_up(self, x)[:,None]
+    x,y = torch.randint(0, 20, (32,2)),torch.arange(32)%10
+    module = Recommender()
+    fit(module, MixUp(1.), dl=load(x, y, make=make_dict), max_epochs=1, max_steps=1)
+    (o,),m = module.recs,Recommender()
+    def both(f): return sum(w[:,None]*f(o['x0'][j]) for w,j in zip(o['plan'].sample_weights.unbind(1), o['plan'].pairs.unbind(1)))
+    want = m.model[2](both(lambda x: m.model[:2](x))) + both(lambda x: look_up(m, x)[:,None])
+    assert torch.allclose(o['pred'], want, atol=1e-5)
+
+def test_a_layer_that_was_called_for_another_input_first():
+    class First(Digits):
+        def mk_model(self):
+            self.flat,self.deep = nn.Flatten(),nn.Linear(64, 16)
+            return nn.Sequential(nn.ReLU(), nn.Linear(16, 10))
+        def __call__(self, x):
+            h = self.flat(x)
+            self.deep(torch.rand(16, 64))
+            return self.model(self.deep(h))
+    with pytest.raises(TypeError, match='is called more than once'): fit(First(), ManifoldMixUp(1., layers='deep'))

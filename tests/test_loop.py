@@ -8,6 +8,7 @@ from fastai.torch_core import set_seed
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, default_collate
+from torchvision.tv_tensors import BoundingBoxes
 from fastmix.inputs import mix_lookups
 from fastmix.loop import BatchKeys, MixCollate
 from fastmix.losses import MixLoss
@@ -131,9 +132,9 @@ def test_a_replaced_batch_keeps_its_class(cls):
     assert type(new) is cls and list(new)==list(batch) and new['path'] is batch['path']
     assert new['img'].equal(torch.ones(2)) and not batch['img'].equal(new['img'])
 
-@pytest.mark.parametrize(('keys','x','y'), [({},(0,1),(2,)), (dict(y=0),(1,2),(0,)), (dict(x=[0,1]),(0,1),(2,)), (dict(x=1, y=[0,2]),(1,),(0,2))])
+@pytest.mark.parametrize(('keys','x','y'), [({},(0,),(1,)), (dict(y=0),(1,),(0,)), (dict(x=1),(1,),(0,)), (dict(x=[0,1], y=2),(0,1),(2,)), (dict(x=1, y=[0,2]),(1,),(0,2))])
 def test_what_is_not_named_is_what_is_left(keys, x, y):
-    batch = torch.rand(3, 4).unbind()
+    batch = torch.rand(len(x+y), 4).unbind()
     xb,yb = BatchKeys(**keys).take(batch)
     assert [*map(id, xb+yb)]==[id(batch[i]) for i in x+y] and len(xb)==len(x)
 
@@ -144,10 +145,11 @@ def test_what_is_not_named_is_what_is_left(keys, x, y):
     (dict(x=2), (1,2), 'nothing at 2'),
     (dict(x='img'), (1,2), "it is a tuple of 2, with x='img' and y=None"),
     ({}, torch.rand(3), 'must hold inputs and targets, but it is a Tensor'),
-    (dict(x=0), torch.rand(3, 4).unbind(), 'must hold inputs and targets'),
-    (dict(y=[0,1,2]), torch.rand(3, 4).unbind(), 'must hold inputs and targets'),
+    (dict(x=0), torch.rand(3, 4).unbind(), 'A batch of 3 may hold an index or weights.* as in x=0, y=1'),
+    ({}, torch.rand(3, 4).unbind(), 'A batch of 3'),
+    (dict(y=[0,1]), torch.rand(2, 4).unbind(), 'must hold inputs and targets'),
     (dict(x=0, y=0), torch.rand(3, 4).unbind(), 'as input and as target'),
-], ids=range(9))
+], ids=range(10))
 def test_what_is_not_there(keys, batch, match):
     with pytest.raises(ValueError, match=match): BatchKeys(**keys).take(batch)
 
@@ -165,13 +167,15 @@ def test_what_belongs_in_the_loop(mixer, match):
 
 def test_what_is_no_mixer():
     for o in FastaiMixUp(),MixUp:
-        with pytest.raises(TypeError, match=r'mixer must be one of fastmix, such as MixUp\(.4\)'): MixCollate(o)
+        with pytest.raises(TypeError, match=r'mixer must be one of fastmix, imported after fastai, as in MixCollate\(MixUp\(.4\)\)'): MixCollate(o)
+    with pytest.raises(TypeError, match='collate_fn must be a function'): MixCollate(MixUp(), collate_fn=3)
 
 @pytest.mark.parametrize(('sample','match'), [
-    ((torch.arange(3),0), 'cannot be averaged'),
+    ((torch.arange(3),0), 'cannot be averaged: it holds categories .*, as in x=0, y=1'),
+    ((torch.rand(3)>.5,0), 'cannot be averaged: it holds True and False'),
+    ((torch.rand(3,8,8),BoundingBoxes(torch.rand(1,4), format='XYXY', canvas_size=(8,8))), 'Bounding boxes'),
     ((torch.rand(3),'name'), 'Only tensors can be mixed'),
-    ((torch.rand(1, 4, 4),torch.tensor(1, dtype=torch.uint8),torch.rand(())), 'cannot be averaged'),   # weights, taken for the target, behind classes
-], ids=range(3))
+], ids=range(4))
 def test_batches_that_cannot_be_mixed(sample, match):
     with pytest.raises(TypeError, match=match): MixCollate(MixUp())([sample]*4)
 

@@ -277,8 +277,8 @@ def test_losses_or_targets(loss_func, y_int, mixes):
     for b in fit(loss_func, mk_dls([torch.randn(32, 6)], [torch.randn(32,1)]), nn.Linear(6, 1), MixUp(1., y_int=y_int)):
         close(b['loss'], both_ways(b)[0 if mixes else 1])
 
-@pytest.mark.parametrize('loss_func,mixes', [(nn.L1Loss(),True), (Blends(),False)], ids=name_of)
-def test_integers_are_mixed_unless_the_loss_says_otherwise(loss_func, mixes):
+@pytest.mark.parametrize('loss_func,mixes', [(nn.L1Loss(),False), (Blends(),False)], ids=name_of)
+def test_integers_are_mixed_unless_the_loss_is_of_numbers(loss_func, mixes):
     dls = mk_dls([torch.randn(32, 6)], [torch.randint(0, 9, (32,1))])
     for b in fit(loss_func, dls, nn.Linear(6, 1)): close(b['loss'], both_ways(b)[0 if mixes else 1])
 
@@ -524,9 +524,8 @@ def test_the_loss_on_probabilities(options):
     pred,y,plan = *batch(9)[:2],draw(9, **options)
     t = soft_by_hand(plan, y)
     close(soft_targets(plan, y, C), t)
-    for f in nn.CrossEntropyLoss(w), F.cross_entropy, nn.CrossEntropyLoss(label_smoothing=.1), nn.BCEWithLogitsLoss(), nn.MSELoss():
-        close(MixLoss(f, soft=True)(pred, y, plan=plan), f(pred, t))
-    close(MixLoss(CE(weight=w), soft=True)(pred, y, plan=plan), F.cross_entropy(pred, t, w))
+    for f in F.cross_entropy, nn.CrossEntropyLoss(label_smoothing=.1), ClassBCELoss(), ClassBCELoss(.1, thresh=.3): close(MixLoss(f, soft=True)(pred, y, plan=plan), f(pred, t))
+    for f in CE(weight=w), nn.CrossEntropyLoss(w): close(MixLoss(f, soft=True)(pred, y, plan=plan), -(t*w*pred.log_softmax(1)).sum()/(t*w).sum())
 
 def test_probabilities_of_pixels():
     pred,y = torch.randn(6, C, 5, 3), torch.randint(0, C, (6,5,3))
@@ -542,21 +541,31 @@ def test_only_what_is_to_be_ignored_is(f):
     pred,y,plan = batch()
     want = soft_by_hand(plan, y)*(torch.arange(C)!=3)
     y[y==3] = -100
-    close(MixLoss(f, soft=True)(pred, y, plan=plan), F.cross_entropy(pred, want))
-    y[2] = -1
-    with pytest.raises(RuntimeError, match='out of bounds'): MixLoss(f, soft=True)(pred, y, plan=plan)
+    close(MixLoss(f, soft=True)(pred, y, plan=plan), -(want*pred.log_softmax(1)).sum()/want.sum())   # of those that count
 
-def test_smoothing_does_not_reach_what_is_to_be_ignored():
+@pytest.mark.parametrize('f', [nn.NLLLoss(weight=w), LabelSmoothingCrossEntropy(), nn.CrossEntropyLoss(label_smoothing=.1), CE(weight=w, ignore_index=2)], ids=name_of)
+def test_class_losses_need_no_probabilities(f):
+    "They are linear in their target, so that both ways are one"
     pred,y,plan = batch()
-    y[2] = -100
-    with pytest.raises(ValueError, match='leave out label_smoothing'):
-        MixLoss(nn.CrossEntropyLoss(label_smoothing=.1), soft=True)(pred, y, plan=plan)
+    y[1] = -100 if isinstance(f, nn.CrossEntropyLoss) else y[1]
+    close(MixLoss(f, soft=True)(pred, y, plan=plan), MixLoss(f)(pred, y, plan=plan))
 
-@pytest.mark.parametrize('f', [nn.NLLLoss(weight=w), LabelSmoothingCrossEntropy(), nn.MultiMarginLoss()], ids=name_of)
-def test_a_loss_that_takes_no_probabilities(f):
+def smooths_classes_only(p, y, reduction='mean'): return F.cross_entropy(p, y, label_smoothing=.1*(y.ndim==1), reduction=reduction)
+def of_probabilities(p, y): return -(y*p.log_softmax(1)).sum(1).mean()
+
+@pytest.mark.parametrize('f,what', [(nn.MultiMarginLoss(), 'does not take probabilities'), (smooths_classes_only, 'for the same classes as probabilities'),
+    (of_probabilities, 'does not take classes'), (nn.BCEWithLogitsLoss(), 'does not take classes')], ids=name_of)
+def test_a_loss_that_treats_probabilities_as_something_else(f, what):
+    pred,y,plan = batch(6)
+    with pytest.raises(ValueError, match=what): MixLoss(f, soft=True)(pred, y, plan=plan)
+    learn = mk_learn(class_dls(), None, f, cbs=MixUp(1., soft=True))
+    before = [o.clone() for o in learn.model.parameters()]
+    with pytest.raises(ValueError, match=what): quiet_fit(learn)
+    assert all(map(torch.equal, before, learn.model.parameters()))
+
+def test_probabilities_are_for_one_target():
     pred,y,plan = batch()
-    with pytest.raises(ValueError, match='does not take probabilities'): MixLoss(f, soft=True)(pred, y, plan=plan)
-    with pytest.raises(ValueError, match='soft=True is for one target, but .* takes 2'): MixLoss(f, soft=True)(pred, y, y, plan=plan)
+    with pytest.raises(ValueError, match='soft=True is for one target, but .* takes 2'): MixLoss(nn.MultiMarginLoss(), soft=True)(pred, y, y, plan=plan)
 
 def test_probabilities_are_blended_where_a_loss_gets_them():
     "By a loss of your own as well, since soft=True asks for it"
@@ -597,3 +606,41 @@ def test_bce_in_a_learner(mixer):
     assert learn.loss_func is own and len(learn.validate())==2
     preds,_,decoded = learn.get_preds(with_decoded=True)
     assert ((preds>0)&(preds<1)).all() and decoded.equal(preds.argmax(1))
+
+@pytest.mark.parametrize('f', [F.cross_entropy, nn.CrossEntropyLoss(w), partial(F.nll_loss), LabelSmoothingCrossEntropyFlat()], ids=['ce','weighted','nll','smoothed'])
+def test_autocast_computes_class_losses_in_single_precision(f):
+    "As PyTorch's own"
+    y,plan = torch.randint(0, C, (64,)),Plan.of(torch.arange(64).roll(1), torch.ones(1))
+    p = (3*torch.randn(64, C)).log_softmax(1).bfloat16()
+    with torch.autocast('cpu', torch.bfloat16): got = MixLoss(f)(p, y, plan=plan)
+    close(got, f(p.float(), y))
+
+# Targets of pairs
+def test_values_of_pairs_of_samples_are_refused():
+    y,plan = torch.arange(8)%3,draw()
+    same = (y[:,None]==y).float()
+    for target in same,same.long(),torch.eye(8):
+        with pytest.raises(ValueError, match=r'shape \(8, 8\).* a value for each pair of samples'): MixLoss(F.mse_loss)(torch.rand(8, 8), target, plan=plan)
+    with pytest.warns(UserWarning, match='is taken for 8 values of each sample'): MixLoss(F.mse_loss)(torch.rand(8, 8), torch.rand(8, 8), plan=plan)
+
+# A plan that is forgotten
+def test_training_without_a_plan_is_warned_of(recwarn):
+    p,y,plan = batch()
+    loss = MixLoss(nn.CrossEntropyLoss())
+    loss(p, y)
+    with torch.no_grad(): loss(p.requires_grad_(), y)
+    loss(p, y, plan=None)
+    loss(p, y, plan=plan)
+    quiet_fit(mk_learn(class_dls(), cbs=MixUp(1.)))
+    assert not [o for o in recwarn if 'plan' in str(o.message)]
+    with pytest.warns(UserWarning, match=r'without a plan.*plan=plan'): loss(p, y)
+
+def test_outputs_keep_their_class():
+    "A loss reads `pred.logits` of what many libraries return"
+    class Output(dict):
+        def __init__(self, logits): super().__init__(logits=logits)
+        @property
+        def logits(self): return self['logits']
+    def f(out, y, reduction='mean'): return F.cross_entropy(out.logits, y, reduction=reduction)
+    p,y,plan = batch()
+    close(MixLoss(f)(Output(p.half()), y, plan=plan), MixLoss(F.cross_entropy)(p.half(), y, plan=plan), rtol=1e-3)

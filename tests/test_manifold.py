@@ -17,6 +17,7 @@ from torchvision.models import densenet121, vgg11
 from fastmix import show
 from fastmix.data import digit_images, image_dls
 from fastmix.manifold import ManifoldMixUp, find_layers, stages
+from fastmix.mixers import MixUp
 from fastmix.partners import SecondLoader
 from helpers import Record, class_dls, mk_dls, mk_learn, quiet_fit
 
@@ -283,3 +284,52 @@ def test_in_any_engine():
     record.close()
     assert is_clean(model) and record.mixed_xb[0] is x
     assert_close(h, model[4](mixed_rows(record.plan, model[:4](x))))
+
+# Models whose layers do not come one after the other
+
+class TwoPaths(nn.Module):
+    "A wide path beside a deep one"
+    def __init__(self):
+        super().__init__()
+        self.layers,self.wide = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 4)),nn.Sequential(nn.Linear(6, 4))
+    def forward(self, x): return self.layers(x) + self.wide(x)
+
+class Residual(nn.Sequential):
+    def forward(self, x): return x + super().forward(x)
+
+class TwoTables(TabularModel):
+    def forward(self, x_cat, x_cont): return super().forward(x_cat, x_cont) + x_cont[:,:1]
+
+@pytest.mark.parametrize('model', [TwoPaths(), Residual(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)), TwoTables([(3,2)], 4, 1, [5]),
+    nn.Sequential(nn.Linear(6, 6), TwoPaths())], ids=['two paths','residual','table','last part'])
+def test_a_second_path_is_no_chain(model):
+    assert not [o for o in stages(model) if 'layers' in o or not isinstance(model[0] if isinstance(model, nn.Sequential) else model, nn.Linear)]
+    if stages(model): return
+    with pytest.raises(ValueError, match='unknown where a .* can be mixed: name layers'): find_layers(model)
+
+@pytest.mark.parametrize('make', [lambda m: torch.compile(m, backend='eager'), lambda m: m.compile(backend='eager') or m], ids=['torch.compile','in place'])
+def test_compiled_models_are_refused(make):
+    learn = mk_learn(class_dls(), make(net()), cbs=ManifoldMixUp(1.))
+    with pytest.raises(TypeError, match='is compiled, or part of a compiled model.*learn.model._orig_mod'): quiet_fit(learn)
+    model = net()
+    model[4].compile(backend='eager')
+    quiet_fit(mk_learn(class_dls(), model, cbs=ManifoldMixUp(1.)))   # behind all layers that are mixed
+
+def test_a_text_with_its_mask():
+    "The way that the error for masks names: mixed behind the embedding, with each sample's own mask"
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.emb,self.out = nn.Embedding(20, 8),nn.Linear(8, 4)
+        def forward(self, tokens, mask):
+            w = mask.float()[...,None]
+            return self.out((self.emb(tokens)*w).sum(1)/w.sum(1))
+    tokens,y = torch.randint(0, 20, (32,6)),torch.arange(32)%4
+    for mask in (torch.arange(6)<torch.randint(1, 7, (32,1))).long(),torch.arange(6)<torch.randint(1, 7, (32,1)):
+        dls = mk_dls([tokens,mask], [y], n_inp=2)
+        with pytest.raises(TypeError, match=r'ManifoldMixUp\(layers=...\)'): quiet_fit(mk_learn(dls, Masked(), cbs=MixUp(1.)))
+        learn = mk_learn(dls, model := Masked(), cbs=[ManifoldMixUp(1., layers='emb'), Record()])
+        for b in quiet_fit(learn, lr=0.).record.batches:
+            (t,m),plan = b['xb0'],b['plan']
+            h,w = mixed_rows(plan, model.emb(t)),m.float()[...,None]
+            assert_close(b['pred'], model.out((h*w).sum(1)/w.sum(1)))

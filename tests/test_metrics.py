@@ -1,10 +1,11 @@
 "Metrics of mixed training batches, the clean loss, and calibration, each against a reference of its own"
+import re
 import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.callback.rnn import RNNCallback
 from fastai.data.block import CategoryBlock
-from fastai.losses import CrossEntropyLossFlat, MSELossFlat
-from fastai.metrics import F1Score, accuracy, foreground_acc, mse
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
+from fastai.metrics import F1Score, F1ScoreMulti, accuracy, accuracy_multi, foreground_acc, mse
 from fastai.tabular.all import Categorify, TabularDataLoaders, tabular_learner
 from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_clas_config
 from fastai.text.models.core import get_text_classifier
@@ -69,11 +70,25 @@ def test_metrics_of_all_samples():
     own,other = (f1_score(torch.cat(ys), pred, average='macro') for ys in zip(*((b['yb'][0],b['yb'][0][b['plan'].idx]) for b in batches)))
     assert got['train_mix_f1_score']==pytest.approx(lam*own + (1-lam)*other)
 
-def test_blended_and_cut_targets_need_no_weights():
-    x,y = torch.randn(32, 6),torch.rand(32, 1)
-    got,batches,learn = train(mk_dls([x], [y]), [MixMetric(mse)], MixUp(1.), nn.Linear(6, 1), MSELossFlat())
-    want = [F.mse_loss(b['pred'], torch.lerp(b['yb'][0][b['plan'].idx], b['yb'][0], b['plan'].lam[:,None])).item() for b in batches]
-    assert got['train_mix_mse']==pytest.approx(np.mean(want))
+@pytest.mark.parametrize('metric,loss_func,y', [(mse, MSELossFlat(), torch.rand(32, 1)), (accuracy_multi, BCEWithLogitsLossFlat(), (torch.rand(32, 1)>.5).float())], ids=['numbers','labels'])
+def test_targets_that_the_loss_blends_are_not_blended_for_metrics(metric, loss_func, y):
+    got,batches,_ = train(mk_dls([torch.randn(32, 6)], [y]), [MixMetric(metric)], MixUp(1.), nn.Linear(6, 1), loss_func)
+    def score(p, y): return metric(p[None], y[None]).item()
+    want = [sum(w*score(b['pred'][i], y) for i,w,y in each_target(b))/8 for b in batches]
+    assert got[f'train_mix_{metric.__name__}']==pytest.approx(np.mean(want), abs=1e-6)
+
+def test_metrics_of_several_labels():
+    "Of all samples: once for their own labels, once for those of their partners"
+    y = (torch.rand(32, 3)>.5).float()
+    got,batches,_ = train(mk_dls([torch.randn(32, 6)], [y]), [MixMetric(F1ScoreMulti())], MixUp(1.), nn.Linear(6, 3), BCEWithLogitsLossFlat())
+    pred,lam = torch.cat([b['pred'] for b in batches])>0,torch.cat([b['plan'].lam for b in batches]).mean().item()
+    own,partners = torch.cat([b['yb'][0] for b in batches]),torch.cat([b['yb'][0][b['plan'].idx] for b in batches])
+    def f1(y):
+        tp = (pred*y).sum(0)
+        return (2*tp/(pred.sum(0)+y.sum(0))).mean().item()
+    assert got['train_mix_f1_score']==pytest.approx(lam*f1(own)+(1-lam)*f1(partners), abs=1e-6)
+
+def test_masks_that_are_cut_need_no_weights():
     x,y = torch.rand(16, 3, 6, 6),torch.randint(0, 3, (16,6,6))
     for mixer in CutMix(),MixUp(1.):
         got,batches,_ = train(mk_dls([x], [y]), [MixMetric(foreground_acc)], mixer, nn.Conv2d(3, 3, 1), CrossEntropyLossFlat(axis=1))
@@ -213,3 +228,22 @@ def test_calibration_needs_classes(y):
     learn = mk_learn(mk_dls([torch.randn(32, 6)], [y]), loss_func=lambda p, y: p.square().mean(), metrics=[CalibrationError()])
     with pytest.raises(ValueError, match='one class for each sample'): quiet_fit(learn)
     with learn.no_bar(), pytest.raises(ValueError, match='one class for each sample'): learn.plot_calibration()
+
+# What the loss ignores
+class Same(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(()))
+    def forward(self, x): return self.w*x
+
+@pytest.mark.parametrize('shape', [(40,), (6,5,4)], ids=['classes','masks'])
+def test_ignored_targets_are_no_errors(shape):
+    y,loss_func = torch.randint(0, 3, shape),CrossEntropyLossFlat(axis=1 if len(shape)>1 else -1, ignore_index=9)
+    pred = 3*torch.randn(shape[0], 3, *shape[1:])
+    void = torch.rand(shape)<.4
+    want = TorchCalibration('multiclass', num_classes=3, n_bins=15)(pred.softmax(1).movedim(1, -1)[~void], y[~void]).item()
+    y[void] = 9
+    learn = mk_learn(mk_dls([pred], [y], bs=shape[0]//2), Same(), loss_func, metrics=CalibrationError())
+    with learn.no_bar(): assert learn.validate()[1]==pytest.approx(want, abs=1e-6)
+    ax = learn.plot_calibration()
+    assert float(re.search(r'[\d.]+', ax.get_title())[0])==pytest.approx(100*want, abs=.06)

@@ -275,7 +275,8 @@ def test_bad_alpha(cls, alpha):
     (lambda: MixUp(partners=lambda xb,yb,rng: None).draw(torch.rand(4, 2)), ValueError, 'returned a NoneType'),
     (lambda: MixUp(partners=SecondLoader([])).draw(torch.rand(4, 2)), ValueError, 'append_partners'),
     (lambda: RegionMix(1.).draw(torch.rand(4, 1, 2, 2)), NotImplementedError, r'RegionMix must define region\(lam, size, rng\).*as CutMix does'),
-    (lambda: CutMix().draw(torch.rand(4, 2)), ValueError, 'no place to cut a box from'),
+    (lambda: CutMix().draw(torch.rand(4, 2)), ValueError, 'no place to cut a box from'), (lambda: CutMixUp(p=.5), TypeError, 'has cut_p.* not p=0.5'),
+    (lambda: CutMix(spatial_dims=0), ValueError, 'spatial_dims must be an integer'), (lambda: MixUp(fold='no'), TypeError, "fold must be True or False, but it is 'no'"),
     (lambda: SaliencyMix(saliency=lambda x: x).draw(torch.rand(4, 1, 2, 2)), ValueError, 'saliency must return a map')])
 def test_each_mistake_has_its_sentence(make, error, what):
     with pytest.raises(error, match=what): make()
@@ -284,3 +285,28 @@ def test_each_mistake_has_its_sentence(make, error, what):
     (lambda: MixUp(partners=derange, y_int=True), 'MixUp(0.4, y_int=True, partners=derange)'), (lambda: ResizeMix(max_side=.5), 'ResizeMix(max_side=0.5)'),
     (lambda: OneOf(MixUp(), None, p=[1,2]), 'OneOf(MixUp(0.4), None, p=[1, 2])'), (lambda: CutMixUp(), 'CutMixUp(0.4, 1.0, 0.5)'), (lambda: ManifoldMixUp(1.), 'ManifoldMixUp(1.0)')])
 def test_repr_says_how_it_was_configured(make, text): assert repr(make())==text
+
+# Which dimensions are places
+cuts = [CutMix(spatial_dims=2), ResizeMix(spatial_dims=2), SaliencyMix(spatial_dims=2), FMix(spatial_dims=2), GridMix(spatial_dims=2), CutMixUp(cut_p=1., spatial_dims=2),
+    OneOf(CutMix(spatial_dims=2), None, per_batch=False)]
+
+@pytest.mark.parametrize('shape', [(5,3,12,10), (12,10), (3,12,10)], ids=['film','gray','image'])
+@pytest.mark.parametrize('mixer', cuts, ids=name_of)
+def test_a_cut_is_the_same_in_all_frames(mixer, shape):
+    "And its share of each frame is the weight of the label"
+    x = torch.arange(6.).view(-1, *[1]*len(shape)).expand(6, *shape)
+    plan = mixer.draw(x)
+    mixed = plan.mix(x).reshape(6, -1, 12, 10)
+    assert plan.region.size==(12,10) and (mixed==mixed[:,:1]).all()
+    torch.testing.assert_close(mixed.mean((1,2,3)), plan.lam*x.flatten(1)[:,0] + (1-plan.lam)*plan.idx, atol=2e-2 if isinstance(mixer, ResizeMix) else 1e-4, rtol=0)
+
+@pytest.mark.parametrize('mixer', [CutMix(), ResizeMix(), SaliencyMix(), FMix(), GridMix(), CutMixUp(cut_p=1.)], ids=name_of)
+def test_channels_last_is_refused(mixer):
+    for shape in (4,12,10,3),(4,7,3,12,10):
+        with pytest.raises(ValueError, match=r'(channels last|frames of images).*CutMix\(spatial_dims=2\)'): mixer.draw(torch.rand(shape))
+
+@pytest.mark.parametrize('mixer', [MixUp(p=.5), CutMix(p=.5), OneOf(MixUp(), CutMix(), None, per_batch=False), CutMixUp(per_batch=False), SaliencyMix(p=.5), FMix(p=.5), GridMix(),
+    ResizeMix(p=.5), MixUp(k=3, p=.5)], ids=name_of)
+def test_a_batch_of_no_samples(mixer):
+    x = torch.rand(0, 3, 8, 8)
+    assert mixer.draw(x).mix(x).shape==x.shape

@@ -81,7 +81,14 @@ def test_inner_boxes_lie_within_and_are_uniform():
 
 def test_no_place_no_region():
     assert image_size(torch.rand(2, 3, 4, 5, 6))==(4,5,6)
+    assert image_size(torch.rand(2, 64, 4, 4))==(4,4) and image_size(torch.rand(2, 1, 9, 1))==(9,1)
     with pytest.raises(ValueError, match=r'shape \(4, 10\) has no place'): image_size(torch.rand(4, 10))
+
+@pytest.mark.parametrize('shape,what', [((8,16,16,3), 'channels last: pass x.movedim'), ((8,128,3), 'channels last'), ((8,16,16,16,1), 'channels last'),
+    ((8,4,3,16,16), r'frames of images.*CutMix\(spatial_dims=2\)'), ((8,30,1,16,16), 'frames')], ids=name_of)
+def test_channels_and_times_are_no_places(shape, what):
+    with pytest.raises(ValueError, match=what): image_size(torch.rand(shape))
+    assert image_size(torch.rand(shape), 2)==shape[-2:]
 
 # Pasting
 

@@ -190,3 +190,18 @@ def test_plot_lam():
     assert heights.mean()==pytest.approx(1, abs=.01) and not heights[:33].any()   # the largest of three weights is above a third
     line, = MixUp(lambda pct: 1-pct/2, fold=False).plot_lam().lines
     assert (line.get_ydata()==1).all()   # Beta(1,1) is uniform
+
+def test_a_schedule_is_shown_where_it_is_asked_for(dls):
+    "By default at its beginning"
+    learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, 10)), cbs=MixUp(1., until=.5))
+    quiet_fit(learn)
+    learn.show_mix()
+    assert all('+' in o for o in titles())
+    learn.show_mix(pct=.7)
+    assert not any('+' in o for o in titles())
+
+def test_what_else_has_a_plot_of_lam(dls):
+    learn = Learner(dls, nn.Flatten(), cbs=MixUp(.4))
+    want,got = MixUp(.4).plot_lam(),learn.plot_lam()
+    assert got.lines[0].get_ydata()==pytest.approx(want.lines[0].get_ydata())
+    with pytest.raises(TypeError, match=r'write learn.show_mix\(\).*dls.show_mix\(MixUp\(0.4\)\)'): MixUp(.4).show_mix(learn)
