@@ -24,10 +24,10 @@ __all__ = ['scripted', 'ClassLoss', 'loss_layers', 'loss_option', 'is_separable'
 def loss_layers(
     loss_func, # Loss, as a fastai `Learner` takes it
 ) -> list: # `loss_func`, what it wraps, what that wraps, ...
-    "A loss from the outside in: through partials and fastai's `BaseLoss`, without `torch.compile`"
+    "A loss from the outside in: through partials and fastai's `BaseLoss`; a module without its `torch.compile`"
     layers,f = [],loss_func
     while True:
-        f = f._orig_mod if isinstance(f, OptimizedModule) else getattr(f, '_torchdynamo_orig_callable', f) if inspect.isfunction(f) else f
+        if isinstance(f, OptimizedModule): f = f._orig_mod
         layers.append(f)
         if not isinstance(f, (partial, BaseLoss)): return layers
         f = f.func

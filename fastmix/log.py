@@ -13,6 +13,7 @@ from collections import namedtuple
 from fastai.vision.all import *
 from torchvision.utils import make_grid
 
+from .batch import *
 from .core import *
 from .handler import *
 from .inputs import *

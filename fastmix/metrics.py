@@ -13,6 +13,7 @@ from fastai.vision.all import *
 from fastai.learner import mk_metric
 
 from ._loss_config import loss_option
+from .batch import *
 from .core import *
 from .handler import *
 

@@ -7,7 +7,7 @@ from torch import nn
 from torchvision.tv_tensors import BoundingBoxes, KeyPoints, Mask
 from fastmix.batch import check_batch, check_types, depends_on
 from fastmix.mixers import CutMix, MixUp
-from helpers import class_dls, mk_dls, mk_learn, quiet_fit, Record
+from helpers import mk_dls, mk_learn, quiet_fit, Record
 
 x,y = torch.rand(16, 1, 8, 8),torch.arange(16)%3
 box = BoundingBoxes(torch.tensor([[0.,0,4,4]]), format='XYXY', canvas_size=(8,8))
@@ -70,7 +70,9 @@ def test_masks_and_points_of_torchvision():
         plan,y = b['plan'],b['yb'][0]
         torch.testing.assert_close(b['loss'], F.cross_entropy(b['pred'], torch.where(plan.region.mask, y[plan.idx], y).as_subclass(torch.Tensor)))
     points = [(o, KeyPoints(torch.rand(2, 2)*8, canvas_size=(8,8))) for o in x]
-    def learner(mixer): return mk_learn(DataLoaders.from_dsets(points, points, bs=4, num_workers=0), nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.Unflatten(1, (2,2))), MSELossFlat(), cbs=[mixer, Record()])
+    def learner(mixer):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.Unflatten(1, (2,2)))
+        return mk_learn(DataLoaders.from_dsets(points, points, bs=4, num_workers=0), model, MSELossFlat(), cbs=[mixer, Record()])
     for b in quiet_fit(learner(MixUp(1.))).record.batches:
         y,lam = b['yb'][0].as_subclass(torch.Tensor),b['plan'].lam[:,None,None]
         torch.testing.assert_close(b['loss'], F.mse_loss(b['pred'], lam*y + (1-lam)*y[b['plan'].idx]))

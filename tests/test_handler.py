@@ -589,7 +589,9 @@ def test_a_float_mask_of_a_second_loader_is_not_cut_without_partners():
 class Validates(Callback):
     "Validates in the middle of the second batch, and puts the learner's state back"
     order,on = 5,False
-    def __init__(self, event, method): self.method = method; setattr(self, event, self.validate)
+    def __init__(self, event, method):
+        self.method = method
+        setattr(self, event, self.validate)
     def validate(self):
         learn = self.learn
         if self.on or not learn.training or learn.train_iter!=1: return

@@ -524,7 +524,8 @@ def test_the_loss_on_probabilities(options):
     pred,y,plan = *batch(9)[:2],draw(9, **options)
     t = soft_by_hand(plan, y)
     close(soft_targets(plan, y, C), t)
-    for f in F.cross_entropy, nn.CrossEntropyLoss(label_smoothing=.1), ClassBCELoss(), ClassBCELoss(.1, thresh=.3): close(MixLoss(f, soft=True)(pred, y, plan=plan), f(pred, t))
+    for f in F.cross_entropy, nn.CrossEntropyLoss(label_smoothing=.1), ClassBCELoss(), ClassBCELoss(.1, thresh=.3):
+        close(MixLoss(f, soft=True)(pred, y, plan=plan), f(pred, t))
     for f in CE(weight=w), nn.CrossEntropyLoss(w): close(MixLoss(f, soft=True)(pred, y, plan=plan), -(t*w*pred.log_softmax(1)).sum()/(t*w).sum())
 
 def test_probabilities_of_pixels():
@@ -543,7 +544,8 @@ def test_only_what_is_to_be_ignored_is(f):
     y[y==3] = -100
     close(MixLoss(f, soft=True)(pred, y, plan=plan), -(want*pred.log_softmax(1)).sum()/want.sum())   # of those that count
 
-@pytest.mark.parametrize('f', [nn.NLLLoss(weight=w), LabelSmoothingCrossEntropy(), nn.CrossEntropyLoss(label_smoothing=.1), CE(weight=w, ignore_index=2)], ids=name_of)
+@pytest.mark.parametrize('f', [nn.NLLLoss(weight=w), LabelSmoothingCrossEntropy(), nn.CrossEntropyLoss(label_smoothing=.1), CE(weight=w, ignore_index=2)],
+    ids=name_of)
 def test_class_losses_need_no_probabilities(f):
     "They are linear in their target, so that both ways are one"
     pred,y,plan = batch()

@@ -7,7 +7,7 @@ from fastai.losses import BaseLoss
 from fastmix.losses import MixLoss
 from fastmix.mixers import MixUp
 from fastmix.plan import Plan
-from helpers import class_dls, mk_dls, mk_learn, name_of, quiet_fit, Record
+from helpers import class_dls, mk_dls, mk_learn, quiet_fit, Record
 
 pred,y = torch.randn(6, 4),torch.arange(6)%4
 swap = Plan.of(torch.arange(6).roll(1), torch.tensor([.7]))
@@ -92,7 +92,9 @@ def function():
     on_function.n = 0
     return on_function
 
-@pytest.mark.parametrize('make', [Counts, Buffers, function, of_closure, lambda: Method().loss, lambda: partial(of_closure()), lambda: BaseLoss(Counts, flatten=False)],
+makes = [Counts, Buffers, function, of_closure, lambda: Method().loss, lambda: partial(of_closure()), lambda: BaseLoss(Counts, flatten=False)]
+
+@pytest.mark.parametrize('make', makes,
     ids=['attribute','buffer','function','closure','method','partial','fastai'])
 def test_a_memory_moves_on_once_a_batch(make):
     f = make()
