@@ -12,7 +12,7 @@ from fastai.callback.progress import *
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 
 # %% auto #0
-__all__ = ['check_losses', 'Answer', 'taught_value', 'check_mix']
+__all__ = ['check_losses', 'Answer', 'code_loss', 'taught_value', 'check_mix']
 
 # %% ../nbs/15_check.ipynb #cb0de623
 class Answer(nn.Module):
@@ -26,12 +26,21 @@ class Answer(nn.Module):
     def forward(self, *x): return self.weight
 
 # %% ../nbs/15_check.ipynb #9d9e0407
-check_losses = dict(classes=CrossEntropyLossFlat(), labels=BCEWithLogitsLossFlat(), numbers=MSELossFlat(), masks=CrossEntropyLossFlat(), maps=MSELossFlat())
+def code_loss(
+    pred:Tensor, # (bs, c) Logits
+    y:Tensor, # (bs,), float: 0. and 1. are the names of two classes, and what is between them is none
+    reduction:str='mean', # Over samples
+) -> Tensor:
+    "A loss of one's own, in which targets are codes"
+    return F.cross_entropy(pred, y.long(), reduction=reduction)
+
+check_losses = dict(classes=CrossEntropyLossFlat(), labels=BCEWithLogitsLossFlat(), numbers=MSELossFlat(), codes=code_loss,
+    masks=CrossEntropyLossFlat(), maps=MSELossFlat())
 
 def _target(kind, v, size):
     "The target of images of the values `v` (bs,), 0 or 1"
     everywhere = v.view(-1, 1, *[1]*len(size)).expand(-1, 1, *size)
-    return dict(classes=v.long(), labels=torch.stack([1-v, v], 1), numbers=v[:,None], masks=everywhere[:,0].long(), maps=everywhere)[kind]
+    return dict(classes=v.long(), codes=v, labels=torch.stack([1-v, v], 1), numbers=v[:,None], masks=everywhere[:,0].long(), maps=everywhere)[kind]
 
 def taught_value(
     kind:str, # Of the targets: a key of `check_losses`
@@ -67,7 +76,7 @@ def _witness_fit(mixer, kind, size, n_batches, bs=16):
 # %% ../nbs/15_check.ipynb #056219d2
 def check_mix(
     mixer:Callback, # A callback that mixes, on no learner: fastmix's, fastai's or your own
-    kind:str='classes', # Of the targets: 'classes', 'labels' (several of them), 'numbers', 'masks' or 'maps'
+    kind:str='classes', # Of the targets: 'classes', 'labels' (several of them), 'numbers', 'codes', 'masks' or 'maps'
     size:tuple=(16,16), # Shape of the images, signals or volumes
     n_batches:int=8, # How many batches of 16 to mix
 ) -> float: # The largest difference found

@@ -1,6 +1,7 @@
 "`check_mix`: what is right passes, each of the faults seen in the field is caught"
 import pytest, torch
 from fastai.callback.core import Callback
+from fastai.callback.mixup import MixUp as FastaiMixUp
 from fastmix.check import check_losses, check_mix
 from fastmix.core import draw_lam
 from fastmix.mixers import CutMix, MixUp
@@ -41,6 +42,11 @@ faults = [(Unclipped(),'classes'), (CutsNoMasks(),'masks'), (Confused(1.),'numbe
 @pytest.mark.parametrize('mixer,kind', faults, ids=name_of)
 def test_faults_are_caught(mixer, kind):
     with pytest.raises(AssertionError, match='shows the model .* but teaches it'): check_mix(mixer, kind)
+
+def test_codes_that_are_blended_are_caught():
+    "fastai's own blends the targets of every loss that has no `y_int`"
+    with pytest.raises(AssertionError, match='teaches'): check_mix(FastaiMixUp(1.), 'codes')
+    assert check_mix(MixUp(1.), 'codes') < 1e-6
 
 class InPlace(MixUp):
     "The batch of the loader becomes the mixed one"
