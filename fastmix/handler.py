@@ -132,7 +132,7 @@ def before_backward(self:MixHandler):
     if not mixed or trained is mixed[-1] or trained.grad_fn is None or depends_on(trained, mixed): return
     self.restore()
     raise RuntimeError(f'{self!r} has mixed the loss of this batch, but after `after_loss` another one is trained, which knows the labels of one part only: '
-        'have the callback call learn.loss_func(pred, *learn.yb), or add to learn.loss_grad instead of replacing it. Without labels, as in distillation, mix with y_int=False')
+        'have the callback call learn.loss_func(pred, *learn.yb), or add to learn.loss_grad instead of replacing it. Where no labels are to count, as in distillation, make it the learner\'s loss_func, and mix with y_int=False')
 
 # %% ../nbs/09_handler.ipynb #d898bc56
 @patch
