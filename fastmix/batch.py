@@ -26,7 +26,7 @@ def check_batch(
     xb:tuple, # Inputs
     yb:tuple, # Targets
 ):
-    "An error that says what to do if `xb` and `yb` are not all dense tensors of one length, hold bounding boxes, or labels as inputs"
+    "An error that says what to do if `xb` and `yb` are not all dense tensors of one length, or hold bounding boxes"
     for o in (*xb,*yb):
         if not isinstance(o, Tensor): raise TypeError(
             f'Only tensors can be mixed, but the batch holds a {type(o).__name__}: '
@@ -37,14 +37,6 @@ def check_batch(
         if not o.ndim or len(o)!=len(xb[0]): raise ValueError(
             f'An input or target of shape {tuple(o.shape)} has not one row for each of the {len(xb[0])} samples, '
             'so it cannot be mixed with its partner')
-    for x in xb:
-        if x.numel()==len(x)>7 and not x.is_floating_point(): _check_no_label(x.flatten(), yb)
-
-def _check_no_label(x, yb):
-    for y in yb:
-        if y.shape[0]==y.numel() and x.equal(y.flatten()) and len(x.unique())>1: raise ValueError(
-            f'An input of shape {tuple(x.shape)} holds the labels, as for a margin, and a margin of a mixture is none: have the loss add the margin, '
-            'to predictions, or mix behind a layer, with ManifoldMixUp(layers=...)')
 
 # %% ../nbs/08a_batch.ipynb #8ba090e3
 def _types(o):
@@ -58,7 +50,7 @@ def check_types(
     if any(isinstance(t, type) and issubclass(t, (TensorBBox,BoundingBoxes)) for t in _types(getattr(dl, '_types', None) or [])): raise TypeError(_no_boxes)
     with no_random():
         try: item = dl.dataset[0]
-        except (AttributeError,LookupError,TypeError,NotImplementedError): return   # no list of items, or an empty one
+        except Exception: return   # no list of items, or one that is read in another way
     check_items(item)
 
 def check_items(

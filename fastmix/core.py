@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib, math, numbers, os, random
 from collections.abc import Mapping
 from copy import copy
+from dataclasses import is_dataclass
+from types import SimpleNamespace
 
 import numpy as np, torch
 from torch import Tensor
@@ -138,11 +140,14 @@ def is_categorical(
     return not (x.is_floating_point() or x.dtype==torch.bool or is_numeric(x))
 
 # %% ../nbs/00_core.ipynb #f94368c3
+def _is_record(o): return isinstance(o, SimpleNamespace) or is_dataclass(o) and hasattr(o, '__dict__') and not isinstance(o, type)
+
 def tensors_in(
-    o, # A tensor, or a nest of tuples, lists and mappings
+    o, # A tensor, or a nest of tuples, lists, mappings, data classes and namespaces
 ) -> list: # What is in it, in order; anything that is not a tensor too
     "Flatten a nest"
     if isinstance(o, Mapping): o = o.values()
+    elif _is_record(o): o = vars(o).values()
     elif not isinstance(o, (tuple,list)): return [o]
     res = []
     for v in o: res += [v] if isinstance(v, Tensor) else tensors_in(v)
@@ -153,10 +158,16 @@ def mapping_like(
     o, # A mapping
     items:dict, # With the same keys
 ): # Of the class of `o`, with its attributes
-    "`items`, as a mapping like `o`"
+    "`items`, as a mapping like `o`; a `TypeError` where its values cannot be told from those of `o`"
     if type(o) is dict: return items
-    res = copy(o)
-    for k,v in items.items(): res[k] = v
+    res,old = copy(o),{**o}
+    attrs = getattr(res, '__dict__', {})
+    for k,v in attrs.items():
+        if isinstance(v, dict): attrs[k] = copy(v)   # where it keeps its values
+    for k,v in items.items():
+        res[k] = v
+        if k in attrs: attrs[k] = v
+        if o[k] is not old[k]: raise TypeError(f'A {type(o).__name__} cannot be copied by copy.copy, which a mixed batch needs: use a dict')
     return res
 
 def sequence_like(
@@ -167,6 +178,11 @@ def sequence_like(
     return type(o)(*items) if hasattr(o, '_fields') else type(o)(items)
 
 # %% ../nbs/00_core.ipynb #ed1d47d4
+def _map_record(f, o):
+    res = copy(o)
+    vars(res).update({k: map_tensors(f, v) for k,v in vars(o).items()})
+    return res
+
 def map_tensors(
     f:callable, # Of a tensor
     o, # A tensor, or a nest of tuples, lists and mappings
@@ -174,7 +190,7 @@ def map_tensors(
     "Apply `f` to each tensor in a nest"
     if isinstance(o, Tensor): return f(o)
     if isinstance(o, Mapping): return mapping_like(o, {k: map_tensors(f, v) for k,v in o.items()})
-    if not isinstance(o, (tuple,list)): return o
+    if not isinstance(o, (tuple,list)): return _map_record(f, o) if _is_record(o) else o
     return sequence_like(o, [f(v) if isinstance(v, Tensor) else map_tensors(f, v) for v in o])
 
 # %% ../nbs/00_core.ipynb #381fb721

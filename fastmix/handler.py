@@ -174,7 +174,7 @@ def mix_batch(self:MixHandler,
     "Mix a batch, for any engine: nothing but the result changes"
     plan,target_plan,xs,ys = self.draw_batch(tuple(tensors_in(xb)), tuple(yb), loss_func, model, pct)
     loss = MixLoss(loss_func, target_plan, ys, self.y_int, self.soft)
-    return MixedBatch(xb, yb, xs, ys, plan, target_plan, self.mix_inputs(plan, xs, model), loss)
+    return MixedBatch(xb, yb, xs, ys, plan, target_plan, self.mix_inputs(plan, xs, model, ys), loss)
 
 @patch
 def draw_batch(self:MixHandler,
@@ -200,9 +200,10 @@ def mix_inputs(self:MixHandler,
     plan:Plan, # How the batch is mixed
     xs:tuple, # Inputs, each (n, ...)
     model:nn.Module=None, # That looks up integers
+    ys:tuple=(), # Targets, each (n, ...)
 ) -> MixedInputs:
     "What a subclass overrides that mixes elsewhere than in front of the model"
-    return MixedInputs(plan, xs, model)
+    return MixedInputs(plan, xs, model, ys)
 
 @patch
 def adapt_plan(self:MixHandler,

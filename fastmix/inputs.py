@@ -17,8 +17,8 @@ from .core import *
 from .plan import *
 
 # %% auto #0
-__all__ = ['Mixtures', 'Lookups', 'is_compiled', 'check_followed', 'paddings', 'is_padding', 'mix_lookups', 'sort_by_padding',
-           'MixedInputs']
+__all__ = ['Mixtures', 'Lookups', 'OneHot', 'is_compiled', 'check_followed', 'paddings', 'is_padding', 'mix_lookups',
+           'sort_by_padding', 'MixedInputs']
 
 # %% ../nbs/08_inputs.ipynb #de6a330c
 class Mixtures(NamedTuple):
@@ -26,6 +26,7 @@ class Mixtures(NamedTuple):
     parts:Tensor # (k, n) The integers of the sample, and of each partner
     weights:Tensor # (k, n) Weight of each part
     valid:Tensor # (k, n) Where a part has a weight and is no padding, bool
+    labels:tuple=() # Each (bs,): classes that the batch is trained on, which must not be among its inputs
 
 # %% ../nbs/08_inputs.ipynb #be0ec4e2
 class Lookups(Tensor):
@@ -60,15 +61,17 @@ def _name(f):
 # %% ../nbs/08_inputs.ipynb #b5f14cba
 def _refusal(f, why='cannot be followed'):
     return TypeError(f'Integers of this batch are mixed where the model looks them up, but {_name(f)} {why}: '
-        'look them up in an nn.Embedding as they come, column by column, or with a number added; or mix behind a layer, with ManifoldMixUp(layers=...)')
+        'look them up in an nn.Embedding as they come, column by column, or with a number added; or mix behind a layer, with ManifoldMixUp(layers=...). If they are numbers, pass floats')
 
 # %% ../nbs/08_inputs.ipynb #66ecb6d1
 def _operator(name):
-    def f(self, other): return Lookups.__torch_function__(getattr(Tensor, name), (Lookups,), (self,other))
+    def f(self, other): return type(self).__torch_function__(getattr(Tensor, name), (type(self),), (self,other))
     return f
 
+_comparisons = 'eq ne lt le gt ge'.split()
+
 _arithmetic = [pre+o for pre in ('','r','i') for o in 'add sub mul truediv floordiv mod pow and or xor lshift rshift'.split()]
-for _o in 'eq ne lt le gt ge matmul rmatmul'.split() + _arithmetic: setattr(Lookups, f'__{_o}__', _operator(f'__{_o}__'))
+for _o in _comparisons + ['matmul','rmatmul'] + _arithmetic: setattr(Lookups, f'__{_o}__', _operator(f'__{_o}__'))
 
 # %% ../nbs/08_inputs.ipynb #83845bf4
 def _follow(f, args, kwargs):
@@ -96,7 +99,7 @@ def _move(f, xs, res, at):
 # %% ../nbs/08_inputs.ipynb #b83fbd88
 def _compute(f, args, x, run):
     "What `run` makes of each part: integers, truth values, or what is looked up, mixed"
-    parts,weights,valid = (o[:,x.at] for o in x.mixtures)
+    parts,weights,valid = (o[:,x.at] for o in x.mixtures[:3])
     found = [run(lambda _: o) for o in parts]
     res = found[0]
     if not isinstance(res, Tensor) or any(o.shape!=res.shape for o in found): raise _refusal(f, 'has no result for each of them')
@@ -104,21 +107,43 @@ def _compute(f, args, x, run):
     if res.shape!=x.shape or res.is_floating_point(): raise _refusal(f, f'makes {res.dtype} of shape {tuple(res.shape)} of them')
     if res.dtype==torch.bool: return _compare(f, run(), found, valid)
     at = torch.arange(x.numel(), device=x.device).view(x.shape)
-    return Lookups(run(), at, Mixtures(torch.stack(found).flatten(1), weights.flatten(1), valid.flatten(1)))
+    return Lookups(run(), at, Mixtures(torch.stack(found).flatten(1), weights.flatten(1), valid.flatten(1), x.mixtures.labels))
 
 def _compare(f, res, found, valid):
     if not any(((o!=res) & v).any() for o,v in zip(found, valid)): return res
     raise _refusal(f, 'tells the parts of a mixture apart. To mark padding, give its embedding a padding_idx. For the rest')
+
+# %% ../nbs/08_inputs.ipynb #8816f237
+class OneHot(Tensor):
+    "One-hot mixtures, which a model may move and compute with, but not compare, count or cast to integers"
+    @classmethod
+    def __torch_function__(cls, f, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass(): res = f(*args, **(kwargs or {}))
+        if isinstance(res, Tensor) and not res.is_floating_point(): raise _refusal(f, f'makes {res.dtype} of one-hot mixtures')
+        return map_tensors(lambda o: o.as_subclass(OneHot if _name(f) in _moves else Tensor), res) if isinstance(res, (Tensor,tuple,list)) else res
+
+for _o in _comparisons: setattr(OneHot, f'__{_o}__', _operator(f'__{_o}__'))
+
+def _check_no_label(x):
+    "An error if `x`, or a column of it, holds the labels of the batch"
+    for y in x.mixtures.labels:
+        own = x.mixtures.parts[0][x.at]
+        same = own.shape[:1]==y.shape and len(y)>3 and (own.view(len(y), -1)==y[:,None]).all(0).any()
+        if same and (y!=y[0]).any(): raise ValueError('The model makes its labels, which are among its inputs, one-hot, as for a margin, and a margin of a mixture is none: '
+            'have the loss add the margin, to predictions, or mix behind a layer, with ManifoldMixUp(layers=...)')
 
 # %% ../nbs/08_inputs.ipynb #72c693b6
 def _mix(f, args, x, found, weights):
     "The weighted mean of what is looked up for each part"
     name,res = _name(f),found[0]
     dtype = torch.promote_types(res.dtype, torch.float32)
-    if name=='embedding_bag' and x.ndim==2 and (weights==weights[...,:1]).all(): weights = weights[...,0]
+    if name=='embedding_bag' and x.ndim==2:
+        if not (weights==weights[...,:1]).all(): raise _refusal(f)
+        weights = weights[...,0]
+    if name=='one_hot': _check_no_label(x)
     if name=='getitem' and args[1] is not x or res.shape[:weights.ndim-1]!=weights.shape[1:]: raise _refusal(f)
     mixed = sum(w[(..., *[None]*(o.ndim-w.ndim))].to(dtype)*o.to(dtype) for o,w in zip(found, weights))
-    return mixed.to(res.dtype) if res.is_floating_point() else mixed
+    return mixed.to(res.dtype) if res.is_floating_point() else mixed.as_subclass(OneHot)
 
 # %% ../nbs/08_inputs.ipynb #b1e12710
 def is_compiled(m:nn.Module): return isinstance(m, OptimizedModule) or m._compiled_call_impl is not None   # by torch.compile(m), by m.compile()
@@ -145,23 +170,29 @@ def is_padding(
     x:Tensor, # Integers
     pads:list, # What stands for padding
 ) -> Tensor: # Of the same shape, bool
-    "Where `x` is padding"
-    return sum((x==o for o in pads), torch.zeros_like(x, dtype=torch.bool))
+    "Where the texts in `x` are padded, in front or behind; nowhere if they are none: one integer each, or padding in between, or nothing else"
+    nowhere = torch.zeros_like(x, dtype=torch.bool)
+    if not pads or x.ndim<2 or x.shape[-1]<2: return nowhere
+    found = sum((x==o for o in pads), nowhere)
+    before,after = found.cumprod(-1).bool(),found.flip(-1).cumprod(-1).flip(-1).bool()
+    return found if found.equal(before | after) and not before.all(-1).any() else nowhere
 
 # %% ../nbs/08_inputs.ipynb #f4d41dce
 def mix_lookups(
     plan:Plan, # How the batch is mixed
     x:Tensor, # (n, ...) Integers
     pads:list=(), # What stands for padding among them
+    ys:tuple=(), # Targets, each (n, ...)
 ) -> Lookups: # (bs, ...)
     "The integers `x`, as mixtures by `plan`, padded where all of their parts are"
     parts = plan.gather(as_plain(x)).transpose(0, 1)   # (k, bs, ...)
     weights = plan.sample_weights.T
     weights = weights.view(*weights.shape, *[1]*(x.ndim-1)).expand(parts.shape)
-    valid = (weights>0) & ~is_padding(parts, pads if x.ndim>1 else [])
+    valid = (weights>0) & ~plan.gather(is_padding(as_plain(x), pads)).transpose(0, 1)
     values = parts.gather(0, (valid.long() + (weights>0)).argmax(0, keepdim=True))[0]
     at = torch.arange(values.numel(), device=x.device).view(values.shape)
-    return Lookups(values, at, Mixtures(parts.flatten(1), weights.flatten(1), valid.flatten(1)))
+    labels = tuple([plan.unmixed(y).flatten() for y in ys if y.numel()==len(y)==plan.n and not y.is_floating_point()])
+    return Lookups(values, at, Mixtures(parts.flatten(1), weights.flatten(1), valid.flatten(1), labels))
 
 # %% ../nbs/08_inputs.ipynb #15113f4e
 def sort_by_padding(
@@ -183,9 +214,10 @@ class MixedInputs:
         plan:Plan, # How the batch is mixed
         xs:tuple, # Inputs, each (n, ...)
         model:nn.Module=None, # That looks integers up, and knows what stands for padding among them
+        ys:tuple=(), # Targets, each (n, ...)
     ):
         self.xs = []
-        for x in xs: self.xs.append(mix_lookups(plan, x, paddings(model)) if is_categorical(x) and plan.is_blended(x) else plan.mix(x))
+        for x in xs: self.xs.append(mix_lookups(plan, x, paddings(model), ys) if is_categorical(x) and plan.is_blended(x) else plan.mix(x))
 
     def check(self): "After the model: an error if it has not mixed what was left to it"
     def close(self): "After the batch, however it ended"

@@ -116,6 +116,15 @@ class Mixing(pl.Callback):
     def load_state_dict(self, state_dict): self.seed,self.resumed = state_dict['seed'],state_dict['seed'] is not None
 
 # %% ../nbs/18_lightning.ipynb #8fec91c1
+@contextmanager
+def _backwards(module):
+    "Collect the losses that a module trains by `manual_backward`"
+    losses,backward = [],module.manual_backward
+    def note(loss, *args, **kwargs):
+        losses.append(loss)
+        return backward(loss, *args, **kwargs)
+    with _shadowed(module, 'manual_backward', note): yield losses
+
 @patch
 def mixed_step(self:Mixing,
     trainer:pl.Trainer, # That is training
@@ -130,9 +139,11 @@ def mixed_step(self:Mixing,
     owner,name = _find_loss(module, self.loss)
     self.record = record = self.mix(trainer, module, self.keys.take(batch), getattr(owner, name))
     try:
-        with _shadowed(owner, name, record.loss): res = step(self.keys.replace(batch, record.mixed_xb, record.loss.yb), *args, **kwargs)
+        with _shadowed(owner, name, record.loss), _backwards(module) as trained:
+            res = step(self.keys.replace(batch, record.mixed_xb, record.loss.yb), *args, **kwargs)
+        if module.automatic_optimization: trained = [res['loss'] if isinstance(res, Mapping) else res]
         if res is None and module.automatic_optimization: record.inputs.close()   # the module leaves this batch out
-        else: self.check()
+        else: self.check(trained)
     except BaseException:
         record.close()
         raise
@@ -166,14 +177,20 @@ def _is_made_of(c, y):
     return _base(c) is _base(y) or c.numel()==y.numel() and torch.allclose(c.flatten().float(), y.flatten().to(c.device, torch.float), rtol=.01, atol=.01)
 
 @patch
-def check(self:Mixing):
-    "An error if the model has not read its inputs, or the loss of the present batch was not mixed"
+def check(self:Mixing,
+    trained:list=(), # Losses that the step trains
+):
+    "An error if the model has not read its inputs, or the loss of the present batch was not mixed, or is not what is trained"
     record,loss = self.record,f'self.{self.loss}'
     record.inputs.check()
     if any(record.loss.mixed) and not record.was_mixed(): raise RuntimeError(
         f'{self.mixer!r} mixed this batch, but its loss was not mixed, since training_step has not called {loss} with the targets as they are in the batch: '
         f'have it call {loss}(pred, y), with y no copy or view, or name the loss that it does call, as in Mixing(MixUp(.4), loss="criterion"). '
         'A loss that is a function, a property, or in a list or dict, becomes such an attribute by self.criterion = F.cross_entropy')
+    graphs,mixed = [o for o in trained if getattr(o, 'grad_fn', None) is not None],record.loss.results
+    if mixed and graphs and not any(depends_on(o, mixed) for o in graphs): raise RuntimeError(
+        f'training_step has called {loss}, but trains another loss, which knows the labels of one part only: have it return what {loss} returns, '
+        'or name the loss that it trains, as in Mixing(MixUp(.4), loss="criterion")')
     calls = [o for call in record.loss.calls if not record.loss.is_for(call) for o in call if isinstance(o, Tensor)]
     if calls: self.check_other_calls(calls)
 
@@ -199,8 +216,11 @@ def batch_targets(
     *yb, # Targets as they are in the batch, each (bs, ...)
 ) -> list: # Pairs of a target, or a tuple of them where there are several, and weights, (bs,) or 1.
     "The targets of each sample of the present batch and of its partners, none of them blended, with their weights: for metrics in `training_step`"
-    record = next((cb.record for cb in trainer.callbacks if isinstance(cb, Mixing)), None)
-    parts = record.targets() if record and record.loss.is_for(yb) else [(yb,1.)]
+    record,parts = next((cb.record for cb in trainer.callbacks if isinstance(cb, Mixing)), None),[(yb,1.)]
+    if trainer.training and record and not record.closed:
+        at = [next((i for i,o in enumerate(record.loss.yb) if o is y), None) for y in yb]
+        if None in at: raise ValueError('batch_targets takes targets as they are in the batch, the same objects: what is made of them, make of what it returns')
+        parts = [(tuple(ys[i] for i in at),w) for ys,w in record.targets()]
     return [(ys if len(ys)>1 else ys[0],w) for ys,w in parts]
 
 # %% ../nbs/18_lightning.ipynb #9e5c2978

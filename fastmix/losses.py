@@ -211,7 +211,7 @@ def _mix_target(loss_func, plan, y):
 
 def _check_pairwise(y):
     "A `ValueError` if `y`, as wide as it is long, holds a value for each pair of samples, as far as can be seen; a warning where it may"
-    if y.any() and y.equal(y.T): raise ValueError(f'A target of shape {tuple(y.shape)}, the same when rows and columns change places, '
+    if y.equal(y.T) and (y!=y[0,0]).any(): raise ValueError(f'A target of shape {tuple(y.shape)}, the same when rows and columns change places, '
         'seems to hold a value for each pair of samples, and the pairs of mixtures have none: have the loss compute it of targets that each sample has')
     if y.is_floating_point(): warn(f'A target of shape {tuple(y.shape)} is taken for {len(y)} values of each sample, not for a value of each pair of samples, which cannot be mixed')
 

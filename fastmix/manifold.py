@@ -7,19 +7,21 @@ Docs: https://fastmix.github.io/fastmix/manifold.html.md"""
 # %% ../nbs/11_manifold.ipynb #568fa5c8
 from __future__ import annotations
 
+from contextlib import contextmanager
 from fnmatch import fnmatch
 
 from fastai.basics import *
 from fastai.tabular.model import TabularModel
 from fastai.text.models.core import PoolingLinearClassifier
 
+from ._own_loss import LossState
 from .core import *
 from .inputs import *
 from .mixers import *
 from .plan import *
 
 # %% auto #0
-__all__ = ['stages', 'find_layers', 'check_not_compiled', 'LayerPlan', 'HiddenLayer', 'ManifoldMixUp']
+__all__ = ['stages', 'find_layers', 'check_not_compiled', 'LayerPlan', 'HiddenLayer', 'check_layer', 'ManifoldMixUp']
 
 # %% ../nbs/11_manifold.ipynb #c61794c2
 def _is_sequence(m): return type(m).forward is nn.Sequential.forward   # and no subclass that does something else
@@ -32,8 +34,9 @@ def _chain(m):
     return '0' if len(m)==2 and _is_sequence(m[0]) else ''   # images: a body and a head
 
 # %% ../nbs/11_manifold.ipynb #233c7edc
-def _composite(m): return [name for name,child in m.named_children() if len(list(child.children()))]
-def _activations(m): return [name for name,child in list(m.named_children())[:-1] if type(child).__module__=='torch.nn.modules.activation']
+def _composite(m): return [name for name,o in m.named_children() if len(list(o.children())) and _occurs_once(m, o)]
+def _occurs_once(m, child): return sum(o is child for o in m._modules.values())==1
+def _activations(m): return [name for name,o in list(m.named_children())[:-1] if type(o).__module__=='torch.nn.modules.activation' and _occurs_once(m, o)]
 
 # %% ../nbs/11_manifold.ipynb #c9d11a8b
 def stages(
@@ -103,7 +106,7 @@ class HiddenLayer(MixedInputs):
         xs:tuple, # Inputs, each (n, ...)
         model:nn.Module, # Whose layer it is; it, or one of its children, is called with `xs`
     ):
-        self.plan,self.xs = plan,xs
+        self.plan,self.xs,self.calls = plan,xs,[]
         self.hooks = [get_model(model).get_submodule(plan.layer).register_forward_hook(self.mix),
             model.register_forward_pre_hook(self.enter, with_kwargs=True), model.register_forward_hook(self.leave, always_call=True),
             *(m.register_forward_pre_hook(self.enter_part, with_kwargs=True) for m in model.children())]
@@ -117,7 +120,9 @@ class HiddenLayer(MixedInputs):
     def enter_part(self, module, args, kwargs): self.inside = self.inside or not self.n_calls and self.is_for(args, kwargs)
     def leave(self, model, args, out): self.inside = False
     def mix(self, module, args, h):
-        if self.plan and torch._C._current_graph_task_id()>=0: return self.plan.mix(h)   # in a backward pass
+        if not self.plan: return
+        if torch._C._current_graph_task_id()>=0: return self.plan.mix(h) if self.calls and self.calls.pop() else None   # computed again, in a backward pass
+        self.calls.append(self.inside)
         if not self.inside: return
         self.n_calls += 1
         fault = 'is called more than once for a batch' if self.n_calls>1 else _fault(module, h, self.plan.n)
@@ -136,6 +141,46 @@ class HiddenLayer(MixedInputs):
         "Remove the hooks"
         for o in self.hooks: o.remove()
 
+# %% ../nbs/11_manifold.ipynb #3071f0ff
+@contextmanager
+def _predicting(model, xb):
+    "A function that predicts `xb`; afterwards the model is as it was"
+    modes = [(m,m.training) for m in model.modules()]
+    model.eval()
+    state = LossState(model, tensors_in(xb)[0].device)
+    def predict():
+        state.restore()
+        return [o for o in tensors_in(model(*xb)) if isinstance(o, Tensor) and o.is_floating_point()]
+    try:
+        with torch.no_grad(): yield predict
+    finally:
+        state.restore()
+        for m,mode in modes: m.training = mode
+
+def check_layer(
+    model:nn.Module, # As a `Learner` has it
+    layer:str, # Name of a layer
+    xb:tuple, # Inputs
+):
+    "A `ValueError` if `layer` is not all that leads from the inputs to the predictions"
+    bs,calls = len(tensors_in(xb)[0]),[]
+    idx = torch.arange(bs).roll(1)
+    def swap(m, args, h):
+        calls.append(_fault(m, h, bs))
+        return None if calls[-1] else h[idx]
+    with _predicting(model, xb) as predict:
+        before,again = predict(),predict()
+        hook = get_model(model).get_submodule(layer).register_forward_hook(swap)
+        try: after = predict()
+        finally: hook.remove()
+    if calls!=[None]: return   # what is wrong with it is said in the batch itself
+    for p,same,p1 in zip(before, again, after):
+        if not p.ndim or len(p)%bs or not same.equal(p): continue   # no rows to compare, or random ones
+        p,p1 = (o.float().view(bs, -1) for o in (p,p1))
+        differ = (p-p[idx]).abs().max()
+        if (p1-p[idx]).abs().max() > .01*differ+1e-6: raise ValueError(f'Not all that the predictions depend on goes through the layer {layer}, so a batch would be mixed in part: '
+            'name layers that have no way around them')
+
 # %% ../nbs/11_manifold.ipynb #f80e1e1a
 class ManifoldMixUp(MixUp):
     "Blend what a layer, drawn for each batch, makes of each training sample with what it makes of another: [manifold mixup](https://arxiv.org/abs/1806.05236)"
@@ -146,13 +191,14 @@ class ManifoldMixUp(MixUp):
         **kwargs # For `MixUp`
     ):
         super().__init__(alpha, **kwargs)
-        self.layers = layers if layers is None else list(layers) if is_listy(layers) else [layers]
+        self.layers,self.checked = layers if layers is None else list(layers) if is_listy(layers) else [layers],set()
 
     def before_fit(self):
         "Check that the layers are there, and begin"
         model = get_model(self.learn.model)
         names = find_layers(getattr(model, '_orig_mod', model), self.layers)
         check_not_compiled(model, names)
+        self.checked = {'input'}
         super().before_fit()
 
     def adapt_plan(self, plan, xs, model=None):
@@ -161,9 +207,11 @@ class ManifoldMixUp(MixUp):
         layer = names[int(self.rng.integers(len(names)))]
         return LayerPlan(super().adapt_plan(plan, xs, model) if layer=='input' else plan, layer)
 
-    def mix_inputs(self, plan, xs, model=None):
-        if plan.layer=='input': return super().mix_inputs(plan, xs, model)
+    def mix_inputs(self, plan, xs, model=None, ys=()):
+        if plan.layer=='input': return super().mix_inputs(plan, xs, model, ys)
         check_not_compiled(get_model(model), [plan.layer])
+        if self.learn and plan.layer not in self.checked and all(x.is_floating_point() for x in xs): check_layer(model, plan.layer, self.learn.xb)
+        self.checked = self.checked | {plan.layer}
         return HiddenLayer(plan, xs, model)
 
     @property

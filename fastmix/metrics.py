@@ -22,9 +22,11 @@ __all__ = ['MixMetric', 'CleanLoss', 'CalibrationError', 'calibration_bins']
 
 # %% ../nbs/13_metrics.ipynb #a473848f
 def _record(learn):
-    "The record of the present batch, if it is one of training and there is a mixer"
+    "The record of the present batch, if it is one of training and there is a mixer; an error if its targets have been replaced"
     mixer = learn.training and first(learn.cbs, lambda o: isinstance(o, MixHandler))
-    return mixer.record if mixer and mixer.record and mixer.record.loss.is_for(learn.yb) else None
+    if not mixer or not mixer.record: return None
+    if mixer.record.loss.is_for(learn.yb): return mixer.record
+    raise RuntimeError('A callback has replaced the targets of this mixed batch, so a metric would count those of one part only: have it put them back, or make its changes before order 9.5')
 
 class MixMetric(Metric):
     "`metric` on each target of a mixed training batch, by its weight; elsewhere `metric` itself"
@@ -58,17 +60,22 @@ class _WithTargets(GetAttr):
     _default = 'learn'
     def __init__(self, learn, yb): self.learn,self.yb,self.y = learn,yb,detuplify(yb)
 
-def _sample_values(func, pred, yb):
-    def row(i): return func(*map_tensors(lambda o: o[i:i+1], (pred,*yb)))
-    return torch.stack([torch.as_tensor(row(i)).detach().cpu() for i in range(find_bs(yb))])
+def _values(func, pred, yb):
+    "The metric of each sample (bs,), if their mean is that of the batch; else that of the batch ()"
+    def value(rows): return torch.as_tensor(func(*map_tensors(lambda o: o[rows], (pred,*yb)))).detach().cpu()
+    whole = value(slice(None))
+    try: each = torch.stack([value(slice(i, i+1)) for i in range(find_bs(yb))])
+    except (ValueError,RuntimeError,IndexError): return whole
+    return each if each.ndim==1 and torch.allclose(each.double().mean(), whole.double(), rtol=1e-5) else whole
 
 def _accumulate(metric, learn, yb, weight):
     "Accumulate the predictions of `learn` with the targets `yb`, and return how many samples these weigh"
     if not isinstance(weight, Tensor) or not isinstance(metric, AvgMetric):
         metric.accumulate(_WithTargets(learn, yb))
         return weight.sum().item() if isinstance(weight, Tensor) else weight*find_bs(yb)
-    metric.total += (_sample_values(metric.func, learn.pred, yb)*weight.cpu()).sum()
-    metric.count += (n := weight.sum().item())
+    values,n = _values(metric.func, learn.pred, yb),weight.sum().item()
+    metric.total += (values*weight.cpu()).sum() if values.ndim else values*n
+    metric.count += n
     return n
 
 # %% ../nbs/13_metrics.ipynb #9ea9427e
@@ -111,9 +118,13 @@ class CleanLoss(Metric):
 def _labelled(loss_func, probs, targs):
     "Probabilities (n, c) and classes (n,), without what the loss ignores; a `ValueError` if `targs` are no class for each prediction"
     if targs.shape==(len(probs),1) and probs.ndim==2: targs = targs[:,0]
-    if not targs.is_floating_point() and probs.ndim>1 and targs.shape==probs.shape[:1]+probs.shape[2:]:
-        keep = targs != loss_option(unmixed_loss(loss_func), 'ignore_index', -100)
-        return as_plain(probs).movedim(1, -1)[keep],as_plain(targs)[keep].long()
+    loss_func = unmixed_loss(loss_func)
+    probs = as_plain(probs).movedim(loss_option(loss_func, 'axis', 1), -1) if probs.ndim>1 else probs
+    if not targs.is_floating_point() and probs.ndim>1 and targs.shape==probs.shape[:-1]:
+        keep = targs != loss_option(loss_func, 'ignore_index', -100)
+        probs,targs = probs[keep],as_plain(targs)[keep].long()
+        if not len(targs) or 0<=targs.min()<=targs.max()<probs.shape[1]: return probs,targs
+        raise ValueError(f'Calibration needs classes from 0 to {probs.shape[1]-1}, but there are targets from {targs.min()} to {targs.max()}: give the loss an attribute ignore_index')
     raise ValueError(f'Calibration needs one class for each sample, but predictions have the shape {tuple(probs.shape)} and targets {tuple(targs.shape)}, {targs.dtype}')
 
 def _as_probs(loss_func, pred):

@@ -33,9 +33,10 @@ def image_size(
     if spatial_dims is not None and x.ndim>spatial_dims: return x.shape[-spatial_dims:]
     if spatial_dims is not None or x.ndim<3: raise ValueError(
         f'An input of shape {shape} has no place to cut a box from: use `MixUp`, or pass inputs of shape (batch, channels, *size)')
-    if shape[-1]<=4<shape[1] and (x.ndim==3 or shape[-2]!=shape[-1]): raise ValueError(
+    last = 4*shape[-1]<=shape[1] if x.ndim==3 else shape[-1]!=shape[-2] and (shape[-1]<=4<shape[1] or shape[-2]==shape[-3])
+    if last: raise ValueError(
         f'An input of shape {shape} seems to have its channels last: pass x.movedim(-1, 1), or, if they are not, {where}')
-    if x.ndim==5 and shape[2] in (1,3): raise ValueError(f'An input of shape {shape} seems to hold frames of images, (batch, time, channels, height, width): {where}')
+    if x.ndim==5 and shape[2]<=4 and shape[1]>=max(2, shape[2]): raise ValueError(f'An input of shape {shape} seems to hold frames of images, (batch, time, channels, height, width): {where}')
     return x.shape[2:]
 
 # %% ../nbs/02_regions.ipynb #2b40d9a5
@@ -234,6 +235,7 @@ def spectral_residual(
 ) -> Tensor: # (bs, *small), float32: how salient each place is
     "Saliency by the [spectral residual](https://doi.org/10.1109/CVPR.2007.383267), computed on the device of `x`"
     size = x.shape[2:]
+    if len(size)>3: raise ValueError(f'Saliency is defined for up to 3 dimensions of places, but there are {len(size)}, {tuple(size)}')
     small = tuple(max(1, round(n*min(1, largest/max(size)))) for n in size)
     x = getattr(F, f'adaptive_avg_pool{len(size)}d')(as_plain(x.detach()).float().mean(1, keepdim=True), small)[:,0]
     dims = tuple(range(1, x.ndim))

@@ -1,6 +1,9 @@
 "The random generator, λ, weights and partners, over many draws; nests of tensors"
 import math, random
 from collections import OrderedDict, UserDict, namedtuple
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from types import SimpleNamespace
 import numpy as np, pytest, scipy.stats, torch
 from fastai.torch_core import set_seed
 from hypothesis import given, settings, strategies as st
@@ -148,3 +151,47 @@ def test_nests():
     res = map_tensors(len, nest)
     assert res==[Pair(2, 'text'), dict(z=2, y=(None,)), dict(x=[2])] and type(res[0]) is Pair
     assert tensors_in(a)[0] is a and tensors_in(()) == [] and map_tensors(len, 'text')=='text'
+
+# Nests keep their classes
+class AttrDict(dict):
+    "Its attributes are its values"
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.__dict__ = self
+
+class Bunch(dict):
+    "Its values are attributes, too"
+    def __init__(self, **kwargs):
+        super().__init__(kwargs)
+        vars(self).update(kwargs)
+
+class Held(MutableMapping):
+    "Its values are in a dict of its own"
+    def __init__(self, **kwargs): self._d = kwargs
+    def __getitem__(self, k): return self._d[k]
+    def __setitem__(self, k, v): self._d[k] = v
+    def __delitem__(self, k): del self._d[k]
+    def __iter__(self): return iter(self._d)
+    def __len__(self): return len(self._d)
+    def __getattr__(self, k):
+        if k in ('_d','box'): raise AttributeError
+        return self._d[k]
+
+@dataclass
+class Batch:
+    img: torch.Tensor
+    name: str = 'a'
+
+@pytest.mark.parametrize('cls', [AttrDict, Bunch, Held, Batch, SimpleNamespace], ids=lambda o: o.__name__)
+def test_values_and_attributes_of_a_nest_are_the_new_ones(cls):
+    o = cls(img=(old := torch.ones(2)))
+    res = map_tensors(lambda x: 2*x, o)
+    assert type(res) is cls and res.img.equal(2*old) and o.img is old
+    if isinstance(o, Mapping): assert res['img'] is res.img and o['img'] is old
+    assert tensors_in(res)[0] is res.img
+
+def test_a_mapping_that_shares_its_values_with_its_copies():
+    class Shared(Held):
+        def __init__(self, **kwargs): self.box = [kwargs]
+        _d = property(lambda self: self.box[0])
+    with pytest.raises(TypeError, match='Shared cannot be copied'): map_tensors(lambda x: 2*x, Shared(img=torch.ones(2)))

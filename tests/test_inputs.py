@@ -445,3 +445,41 @@ def test_integers_of_a_compiled_model_are_refused():
     for model in torch.compile(net(), backend='eager'),part:
         with pytest.raises(TypeError, match='cannot be followed into a compiled model.*_orig_mod'): quiet_fit(mk_learn(dls, model, cbs=MixUp(1.)))
     quiet_fit(mk_learn(dls, head, cbs=MixUp(1.)))
+
+# Padding, one-hot mixtures and bags
+class Gated(nn.Module):
+    "A text, and a flag that is compared"
+    def __init__(self, flag):
+        super().__init__()
+        self.emb,self.out,self.flag = nn.Embedding(9, 4, padding_idx=0),nn.Linear(4, 4),flag
+    def forward(self, t, f): return self.out(self.emb(t).sum(1)*self.flag(t, f).float())
+
+@pytest.mark.parametrize('flag', [lambda t,f: f==1, lambda t,f: f==0, lambda t,f: f!=0], ids=['one','zero','not zero'])
+def test_padding_of_a_text_is_none_of_other_inputs(flag):
+    dls = mk_dls([torch.randint(1, 9, (32,3)),(torch.arange(32)%2)[:,None]], [torch.arange(32)%4], n_inp=2)
+    with pytest.raises(TypeError, match='tells the parts of a mixture apart'): quiet_fit(mk_learn(dls, Gated(flag), cbs=MixUp(1.)))
+
+@pytest.mark.parametrize('x,padded', [([[4,5,0],[7,0,0]],2), ([[0,0,3],[0,4,5]],2), ([[0,3,0],[1,2,3]],1), ([[3,0,4],[1,2,0]],0),
+    ([[0,0,0],[1,2,3]],0), ([[0],[3]],0), ([0,3],0)], ids=['behind','in front','both','between','nothing else','a column','one integer'])
+def test_where_a_text_is_padded(x, padded): assert is_padding(torch.tensor(x), [0]).any(-1).sum()==padded
+
+casts = [lambda o: o.bool(), lambda o: o>0, lambda o: o==1, lambda o: o.long(), lambda o: o.byte(), lambda o: o.to(torch.int32), lambda o: o.argmax(-1),
+    lambda o: o.flatten(1).bool(), lambda o: o.nonzero()]
+
+@pytest.mark.parametrize('f', casts, ids=range(len(casts)))
+def test_one_hot_mixtures_are_not_counted(f):
+    x = mix_lookups(Plan.of(torch.tensor([1,0]), torch.tensor([.7])), torch.tensor([[1,3],[2,3]]))
+    with pytest.raises(TypeError, match='of one-hot mixtures'): f(F.one_hot(x, 5))
+
+@pytest.mark.parametrize('f', [lambda o: o.float().flatten(1), lambda o: o.transpose(1, 2)*2., lambda o: o.to(torch.float32)@torch.ones(5, 3),
+    lambda o: F.linear(1.*o, torch.eye(5))], ids=range(4))
+def test_one_hot_mixtures_are_computed_with(f):
+    x,lam = torch.tensor([[1,3],[2,3]]),.7
+    got = f(F.one_hot(mix_lookups(Plan.of(torch.tensor([1,0]), torch.tensor([lam])), x), 5))
+    assert_close(got.as_subclass(Tensor), f(lam*F.one_hot(x, 5) + (1-lam)*F.one_hot(x.flip(0), 5)))
+
+def test_a_bag_whose_rows_have_several_weights():
+    w = torch.rand(9, 4)
+    x = mix_lookups(Plan.of(torch.arange(4).roll(1), torch.linspace(.5, 1., 4)), torch.randint(0, 9, (4,4)))
+    F.embedding_bag(x, w)
+    with pytest.raises(TypeError, match='embedding_bag cannot be followed'): F.embedding_bag(x.T, w)

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from fastmix.lightning import Mixing, MixMonitor, batch_targets
 from fastmix.log import mix_grids
+from fastmix.losses import MultiLoss
 from fastmix.manifold import ManifoldMixUp
 from fastmix.mixers import CutMix, MixUp, OneOf
 from fastmix.partners import SecondLoader, derange
@@ -670,3 +671,56 @@ def test_a_layer_that_was_called_for_another_input_first():
             self.deep(torch.rand(16, 64))
             return self.model(self.deep(h))
     with pytest.raises(TypeError, match='is called more than once'): fit(First(), ManifoldMixUp(1., layers='deep'))
+
+class TwoLosses(Digits):
+    "The mixed loss is logged, and another one is trained"
+    def training_step(self, batch, batch_idx):
+        x,y = self.shape.take(batch)
+        pred = self(x)
+        self.loss_func(pred, y)
+        return self.finish(F.cross_entropy(pred, y))
+    def finish(self, loss): return loss
+
+class Returns(TwoLosses):
+    def finish(self, loss): return dict(loss=loss)
+
+class Backward(TwoLosses):
+    automatic_optimization = False
+    def finish(self, loss): self.manual_backward(loss)
+
+@pytest.mark.parametrize('cls', [TwoLosses, Returns, Backward])
+def test_another_loss_that_is_trained(cls):
+    with pytest.raises(RuntimeError, match='trains another loss.*return what self.loss_func returns'): fit(cls(), MixUp(1.))
+
+def test_what_is_added_to_the_mixed_loss():
+    class Adds(TwoLosses):
+        def training_step(self, batch, batch_idx):
+            x,y = self.shape.take(batch)
+            pred = self(x)
+            return dict(loss=self.loss_func(pred, y)/2 + pred.square().mean())
+    fit(Adds(), MixUp(1.))
+
+def test_several_targets_for_metrics():
+    class Both(Digits):
+        def training_step(self, batch, batch_idx):
+            x,y,z = batch
+            own = batch_targets(self.trainer, z)
+            assert len(own)==2 and [o for o,_ in own][0].equal(z) and [o[0] for o,_ in batch_targets(self.trainer, z, y)][0].equal(z)
+            with pytest.raises(ValueError, match='the same objects'): batch_targets(self.trainer, y.clone())
+            return self.loss_func((self(x),self(x)), y, z)
+    x,y = digits()
+    fit(Both(as_tuple, loss=MultiLoss(nn.CrossEntropyLoss(), nn.CrossEntropyLoss())), MixUp(1.), dl=load(x, y, y.flip(0)), keys=dict(x=0, y=[1,2]))
+
+class AttrDict(dict):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.__dict__ = self
+
+def test_a_batch_whose_values_are_attributes():
+    x,y = digits()
+    class Attributes(Digits):
+        def training_step(self, batch, batch_idx):
+            assert batch.img is batch['img'] and batch.img.equal(mixing(self).record.mixed_xb[0]) and not any(o.equal(batch.img[0]) for o in x)
+            return self.loss_func(self(batch.img), batch.label)
+    def collate(b): return AttrDict(img=torch.stack([o for o,_ in b]), label=torch.stack([o for _,o in b]))
+    fit(Attributes(), MixUp(1.), dl=DataLoader(list(zip(x, y)), 16, collate_fn=collate))

@@ -4,6 +4,7 @@ from copy import deepcopy
 import pytest, torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.rnn import RNNCallback
+from fastai.losses import CrossEntropyLossFlat
 from fastai.tabular.model import TabularModel
 from fastai.text.models.awdlstm import AWD_LSTM
 from fastai.text.models.core import get_text_classifier
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models import densenet121, vgg11
 from fastmix import show
 from fastmix.data import digit_images, image_dls
-from fastmix.manifold import ManifoldMixUp, find_layers, stages
+from fastmix.manifold import ManifoldMixUp, check_layer, find_layers, stages
 from fastmix.mixers import MixUp
 from fastmix.partners import SecondLoader
 from helpers import Record, class_dls, mk_dls, mk_learn, quiet_fit
@@ -333,3 +334,58 @@ def test_a_text_with_its_mask():
             (t,m),plan = b['xb0'],b['plan']
             h,w = mixed_rows(plan, model.emb(t)),m.float()[...,None]
             assert_close(b['pred'], model.out((h*w).sum(1)/w.sum(1)))
+
+# A way around the layer
+
+class Wide(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.deep,self.out,self.wide = nn.Linear(6, 9),nn.Linear(9, 4),nn.Linear(6, 4)
+    def forward(self, x): return self.out(self.deep(x).relu()) + .1*self.wide(x)
+
+@pytest.mark.parametrize('layers', ['deep','out'])
+def test_a_layer_with_a_way_around_it_is_refused(layers):
+    learn = mk_learn(class_dls(), Wide(), cbs=ManifoldMixUp(1., layers=layers))
+    before = [o.clone() for o in learn.model.parameters()]
+    with pytest.raises(ValueError, match=f'goes through the layer {layers}.*no way around'): quiet_fit(learn)
+    assert all(map(torch.equal, before, learn.model.parameters())) and is_clean(learn.model) and learn.model.training
+
+def test_the_skips_of_a_unet():
+    x = torch.rand(8, 3, 32, 32)
+    dls = mk_dls([x], [(x[:,0]>.5).long()], bs=4)
+    for layer in 'layers.0','layers.4':
+        model = DynamicUnet(create_body(resnet18(weights=None), cut=-2), 2, (32,32))
+        with pytest.raises(ValueError, match='no way around'): quiet_fit(mk_learn(dls, model, CrossEntropyLossFlat(axis=1), cbs=ManifoldMixUp(1., layers=layer)))
+
+def test_looking_for_a_way_around_changes_nothing():
+    "Statistics, modes, and random numbers"
+    def mk(): return nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.Dropout(), nn.Linear(9, 4))
+    torch.manual_seed(0)
+    model = mk()
+    model[1].eval()
+    x,state,random = torch.rand(8, 6),deepcopy(model.state_dict()),torch.get_rng_state()
+    check_layer(model, '1', (x,))
+    assert all(map(torch.equal, state.values(), model.state_dict().values())) and torch.get_rng_state().equal(random)
+    assert not model[1].training and model[2].training and is_clean(model)
+
+def test_one_activation_that_is_used_twice():
+    act = nn.ReLU()
+    model = nn.Sequential(nn.Linear(6, 9), act, nn.Linear(9, 9), act, nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 4))
+    assert stages(model)==['5']
+    quiet_fit(mk_learn(class_dls(), model, cbs=ManifoldMixUp(1.)))
+
+def test_a_second_call_is_computed_again_as_it_was():
+    "With reentrant checkpoints: gradients are those without"
+    class Body(nn.Module):
+        def __init__(self, again):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a,self.b,self.again = nn.Linear(6, 9),nn.Linear(9, 4),again
+        def body(self, x): return self.a(x).tanh()
+        def forward(self, x): return self.b(checkpoint(self.body, x.requires_grad_(), use_reentrant=True) if self.again else self.body(x))
+    class Extra(Callback):
+        run_valid = False
+        def after_loss(self): self.learn.loss_grad = self.learn.loss_grad + self.learn.model(torch.linspace(-1, 1, 48).view(8, 6)).square().mean()
+    got,want = (quiet_fit(mk_learn(class_dls(), Body(again), cbs=[ManifoldMixUp(1., layers='a'), Extra(), Gradients()])).gradients.grads for again in (True,False))
+    for o in zip(got, want):
+        for a,b in zip(*o): assert_close(a, b)

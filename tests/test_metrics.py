@@ -92,8 +92,8 @@ def test_masks_that_are_cut_need_no_weights():
     x,y = torch.rand(16, 3, 6, 6),torch.randint(0, 3, (16,6,6))
     for mixer in CutMix(),MixUp(1.):
         got,batches,_ = train(mk_dls([x], [y]), [MixMetric(foreground_acc)], mixer, nn.Conv2d(3, 3, 1), CrossEntropyLossFlat(axis=1))
-        def score(p, y): return foreground_acc(p[None], y[None], bkg_idx=0).item()
-        if isinstance(mixer, MixUp): want = [sum(w*score(b['pred'][i], y) for i,w,y in each_target(b))/8 for b in batches]
+        if isinstance(mixer, MixUp):   # a mean over the pixels of the batch, and not over its images
+            want = [sum(w.mean().item()*foreground_acc(b['pred'], b['yb'][0][j]).item() for w,j in zip(b['plan'].sample_weights.T, b['plan'].pairs.T)) for b in batches]
         else: want = [foreground_acc(b['pred'], torch.where(b['plan'].region.mask, b['yb'][0][b['plan'].idx], b['yb'][0])).item() for b in batches]
         assert got['train_mix_foreground_acc']==pytest.approx(np.mean(want), abs=1e-5)
 
@@ -247,3 +247,36 @@ def test_ignored_targets_are_no_errors(shape):
     with learn.no_bar(): assert learn.validate()[1]==pytest.approx(want, abs=1e-6)
     ax = learn.plot_calibration()
     assert float(re.search(r'[\d.]+', ax.get_title())[0])==pytest.approx(100*want, abs=.06)
+
+# Functions that are no means over samples
+def recall(pred, y):
+    hits = (pred.argmax(1)==1)&(y==1)
+    return hits.sum()/(y==1).sum()
+
+def positives(pred, y): return (y==1).sum()
+
+@pytest.mark.parametrize('metric', [recall, positives], ids=name_of)
+def test_a_function_of_the_whole_batch(metric):
+    "Is weighted by the mean of λ, as a metric of all samples is"
+    got,batches,_ = train(class_dls(n=64, bs=32), [MixMetric(metric)], MixUp(1.))
+    want = [sum(w.mean()*metric(b['pred'], b['yb'][0][j]) for w,j in zip(b['plan'].sample_weights.T, b['plan'].pairs.T)).item() for b in batches]
+    assert got[f'train_mix_{metric.__name__}']==pytest.approx(np.mean(want), abs=1e-5)
+
+class Copies(Callback):
+    order,run_valid = 20,False
+    def after_loss(self): self.learn.yb = tuple(y.clone() for y in self.yb)
+
+@pytest.mark.parametrize('metric', [MixMetric(accuracy), CleanLoss()], ids=['accuracy','clean loss'])
+def test_targets_that_are_replaced_after_the_loss(metric):
+    with pytest.raises(RuntimeError, match='replaced the targets'): train(class_dls(), [metric], MixUp(1.), cbs=[Copies()])
+
+def test_calibration_takes_the_axis_of_the_loss():
+    pred,y = 3*torch.randn(8, 5, 5),torch.randint(0, 5, (8,5))
+    learn = mk_learn(mk_dls([pred], [y]), Same(), CrossEntropyLossFlat(axis=-1), metrics=CalibrationError())
+    want = TorchCalibration('multiclass', num_classes=5, n_bins=15)(pred.softmax(-1).flatten(0, 1), y.flatten()).item()
+    with learn.no_bar(): assert learn.validate()[1]==pytest.approx(want, abs=1e-6)
+
+def test_targets_that_are_no_class():
+    def f(pred, y): return F.cross_entropy(pred, y, ignore_index=255)
+    learn = mk_learn(mk_dls([torch.randn(8, 2)], [torch.tensor([0,1,255,0,1,1,255,0])]), Same(), f, metrics=CalibrationError())
+    with pytest.raises(ValueError, match='classes from 0 to 1, but there are targets from 0 to 255.*ignore_index'), learn.no_bar(): learn.validate()

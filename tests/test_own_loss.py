@@ -1,5 +1,7 @@
 "Losses of your own: each call is as the first, and one that does not look at its targets is refused"
+from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 import pytest, torch, torch.nn.functional as F
 from torch import nn
 from fastai.callback.core import Callback
@@ -199,3 +201,12 @@ def test_compiled_and_scripted_losses(f, per_sample):
         lam,y = b['plan'].lam,b['yb'][0]
         torch.testing.assert_close(b['loss'], (lam*ce(b['pred'], y) + (1-lam)*ce(b['pred'], y[b['plan'].idx])).mean())
         assert len(lam)==(8 if per_sample else 1)
+
+@dataclass
+class Output:
+    logits: torch.Tensor
+
+@pytest.mark.parametrize('cls', [Output, SimpleNamespace], ids=['data class','namespace'])
+def test_a_loss_that_writes_into_predictions_of_any_class(cls):
+    def f(o, y): return margin(o.logits, y)
+    torch.testing.assert_close(MixLoss(f)(cls(logits=pred), y, plan=swap), mixed(lambda p,y: margin(p, y, 'none')))

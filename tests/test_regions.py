@@ -85,7 +85,7 @@ def test_no_place_no_region():
     with pytest.raises(ValueError, match=r'shape \(4, 10\) has no place'): image_size(torch.rand(4, 10))
 
 @pytest.mark.parametrize('shape,what', [((8,16,16,3), 'channels last: pass x.movedim'), ((8,128,3), 'channels last'), ((8,16,16,16,1), 'channels last'),
-    ((8,4,3,16,16), r'frames of images.*CutMix\(spatial_dims=2\)'), ((8,30,1,16,16), 'frames')], ids=name_of)
+    ((8,64,64,10), 'channels last'), ((8,32,32,32,6), 'channels last'), ((8,1000,12), 'channels last'), ((8,16,2,24,16), 'frames'), ((8,4,3,16,16), r'frames of images.*CutMix\(spatial_dims=2\)'), ((8,30,1,16,16), 'frames')], ids=name_of)
 def test_channels_and_times_are_no_places(shape, what):
     with pytest.raises(ValueError, match=what): image_size(torch.rand(shape))
     assert image_size(torch.rand(shape), 2)==shape[-2:]
