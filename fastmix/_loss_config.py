@@ -74,7 +74,9 @@ _wrappers = {partial, BaseLoss, CrossEntropyLossFlat, BCEWithLogitsLossFlat, Foc
 def _is_one_of(losses, layers, weighted=True):
     *outer,f = layers
     if not weighted and any('weight' in o.keywords for o in outer if isinstance(o, partial)): return False
-    return {*map(type, outer)} <= _wrappers and (type(f) in losses or inspect.isfunction(f) and f in losses)
+    if inspect.isfunction(f): known = f in losses
+    else: known = type(f) in losses and 'forward' not in vars(f) and not (getattr(f, '_forward_hooks', 0) or getattr(f, '_forward_pre_hooks', 0))
+    return known and {*map(type, outer)} <= _wrappers
 
 # %% ../nbs/06_loss_config.ipynb #96cc4eb4
 ClassLoss = namedtuple('ClassLoss', 'func weight ignore_index label_smoothing reduction axis', defaults=[None,-100,0.,'mean',None])
@@ -116,4 +118,4 @@ def mixes_losses(
     layers = loss_layers(loss_func)
     for f in layers:
         if hasattr(f, 'y_int'): return f.y_int
-    return not (is_standard(loss_func) if y.is_floating_point() else _is_one_of(_of_numbers, layers, weighted=False))
+    return not (is_standard(loss_func) if y.is_floating_point() or y.is_complex() else _is_one_of(_of_numbers, layers, weighted=False))

@@ -7,10 +7,10 @@ Docs: https://fastmix.github.io/fastmix/own_loss.html.md"""
 # %% ../nbs/06a_own_loss.ipynb #cdead7d2
 from __future__ import annotations
 
-import inspect
-from copy import copy
+import inspect, random
+from functools import partial
 
-import torch, torch.nn.functional as F
+import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor, nn
 from fastai.layers import NoneReduce
 from fastai.losses import BaseLoss
@@ -19,52 +19,59 @@ from ._loss_config import *
 from .core import *
 
 # %% auto #0
-__all__ = ['LossState', 'LossCalls', 'check_depends', 'per_sample', 'mix_values', 'check_separable']
+__all__ = ['LossState', 'LossCalls', 'check_depends', 'per_sample', 'call_for_each', 'mix_values', 'check_separable']
 
-# %% ../nbs/06a_own_loss.ipynb #2c22d6ba
-def _namespaces(f):
-    "Where a layer of a loss keeps its attributes, as dictionaries"
-    owners = f.modules() if isinstance(f, nn.Module) else [f.__self__ if inspect.ismethod(f) else f]
-    return [d for o in owners for d in (getattr(o, '__dict__', None), getattr(o, '_buffers', None)) if isinstance(d, dict)]
+# %% ../nbs/06a_own_loss.ipynb #161b78e0
+def _owners(f):
+    "The objects whose attributes a layer of a loss may change"
+    return list(f.modules()) if isinstance(f, nn.Module) else [f.__self__ if inspect.ismethod(f) else f]
 
 def _is_full(cell):
     try: return cell.cell_contents is not cell
     except ValueError: return False
 
 class LossState:
-    "What a loss remembers from call to call, and torch's random generator"
+    "What a loss remembers from call to call, and the state of random generators"
     def __init__(self,
         loss_func, # Loss, as a fastai `Learner` takes it
-        device:torch.device, # Where it computes
     ):
         layers = [o for o in loss_layers(loss_func) if not isinstance(o, scripted)]
-        self.attrs = [(d, {k:v for k,v in d.items() if k!='reduction'}) for o in layers for d in _namespaces(o)]
-        self.tensors = [(d, k, v, v._version, v.clone()) for d,attrs in self.attrs for k,v in attrs.items()
-            if isinstance(v, Tensor) and not (v.requires_grad or v.is_inference())]
-        self.cells = [(c, c.cell_contents) for o in layers for c in getattr(o, '__closure__', None) or () if _is_full(c)]
-        self.generator = torch.cuda.default_generators[device.index] if device.type=='cuda' else torch.default_generator
-        self.random = self.generator.get_state()
+        owners = [o for f in layers for o in _owners(f) if isinstance(getattr(o, '__dict__', None), dict)]
+        self.attrs = [(d, {**d}) for o in owners for d in (vars(o), vars(o).get('_buffers')) if isinstance(d, dict)]
+        self.cells = [(c, c.cell_contents) for f in layers for c in getattr(f, '__closure__', None) or () if _is_full(c)]
+        held = [v for _,d in self.attrs for v in d.values()] + [v for _,v in self.cells]
+        held += [v for f in layers if isinstance(f, partial) for v in (*f.args, *f.keywords.values())]
+        self.tensors = [(v, v.detach().clone()) for v in held if isinstance(v, Tensor) and not v.requires_grad and not v.is_inference()]
+        self.params = [(p, p._version) for o in owners if isinstance(o, nn.Module) for p in o._parameters.values() if p is not None]
+        self.cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+        self.random = torch.get_rng_state(),np.random.get_state(),random.getstate()
 
     def restore(self):
-        "Put it back, all but what is written into other objects than tensors"
+        "Put it back, all but what is written into other objects than tensors; a `ValueError` where parameters are written into"
+        if any(p._version!=version for p,version in self.params): raise ValueError(
+            'The loss writes into its parameters, which would be done for each target of a mixture: have a callback do it, once a batch')
         for d,attrs in self.attrs:
-            for k in d.keys()-attrs.keys()-{'reduction'}: del d[k]
+            for k in d.keys()-attrs.keys(): del d[k]
             d.update(attrs)
-        for d,k,v,version,before in self.tensors:
-            if v._version!=version: d[k] = before.clone()
         for c,value in self.cells: c.cell_contents = value
-        self.generator.set_state(self.random)
+        for v,before in self.tensors: v.data.copy_(before)
+        for set_state,state in zip((torch.set_rng_state, np.random.set_state, random.setstate), self.random): set_state(state)
+        if self.cuda is not None: torch.cuda.set_rng_state(self.cuda)
 
-# %% ../nbs/06a_own_loss.ipynb #5394e57c
+# %% ../nbs/06a_own_loss.ipynb #fbe62281
 class LossCalls:
-    "Calls of a loss for the targets of one batch, each of which finds what the first one found"
+    "Calls of a loss on the predictions of one batch, each of which finds what the first one found"
     def __init__(self,
         loss_func, # Loss, as a fastai `Learner` takes it
         pred, # Predictions
+        y_int:bool=None, # True: it is known to look at its targets, also where it seems that it does not
     ):
-        self.loss_func,self.pred,self.is_own = loss_func,pred,not (is_standard(loss_func) or torch.compiler.is_compiling())
-        floats = [o for o in tensors_in(pred) if isinstance(o, Tensor)]
-        self.state = LossState(loss_func, floats[0].device if floats else torch.device('cpu')) if self.is_own else None
+        self.loss_func,self.pred,self.y_int,self.is_own = loss_func,pred,y_int,not (is_standard(loss_func) or torch.compiler.is_compiling())
+        self.remember()
+
+    def remember(self):
+        "From now on, each call finds what there is now"
+        self.state = LossState(self.loss_func) if self.is_own else None
 
     def __call__(self,
         f, # The loss, or the same left unreduced
@@ -73,27 +80,38 @@ class LossCalls:
         "The loss; one of your own gets tensors of its own, to write into"
         if not self.is_own: return f(self.pred, *yb)
         self.state.restore()
-        return f(*map_tensors(Tensor.clone, (self.pred,*yb)))
+        res = f(*map_tensors(Tensor.clone, (self.pred,*yb)))
+        if isinstance(res, Tensor): return res
+        raise TypeError(f'{self.loss_func} must return a tensor to be mixed, but returned a {type(res).__name__}')
 
 # %% ../nbs/06a_own_loss.ipynb #d6367a8e
-def _gradients(us, pred):
-    "The gradients of each of `us`; None where there are none"
+def _value_and_gradient(u, pred):
     at = [o for o in tensors_in(pred) if isinstance(o, Tensor) and o.requires_grad]
-    if not at or not all(u.requires_grad for u in us): return None
-    return [torch.autograd.grad(u.sum(), at, retain_graph=True, allow_unused=True) for u in us]
+    found = torch.autograd.grad(u.sum(), at, retain_graph=True, allow_unused=True) if at and u.requires_grad else []
+    return [u, *(torch.zeros(()) if o is None else o for o in found)]
+
+def _looks_at_targets(calls, f, u, yb):
+    "Do other targets change what the loss returns, or its gradient?"
+    want = _value_and_gradient(u, calls.pred)
+    for v in 0,1,-1:
+        if v<0 and not all(y.is_floating_point() for y in yb): continue
+        try: got = _value_and_gradient(calls(f, tuple(torch.full_like(y, v) for y in yb)), calls.pred)
+        except Exception: return True   # it looked, and did not like them
+        if not all(map(torch.equal, want, got)): return True
+    return False
 
 def check_depends(
     calls:LossCalls, # Of a loss of your own
+    f, # The loss, or the same left unreduced
     us:list, # What it has returned for each target of a mixture
     ybs:list, # Targets, and those of each partner, as tuples
 ):
     "A `ValueError` if the loss does not depend on the targets it is called with"
-    same = any(u is us[0] for u in us[1:])
-    if not same and all(us[0].equal(u) for u in us[1:]) and us[0].any() and any(not a.equal(b) for yb in ybs[1:] for a,b in zip(ybs[0], yb)):
-        first,*others = _gradients(us, calls.pred) or [None]
-        same = bool(others) and all(a is b or a is not None and b is not None and a.equal(b) for o in others for a,b in zip(first, o))
-    if same: raise ValueError(f'{calls.loss_func} returns the same for both targets of a mixture, so it takes labels from elsewhere, which are not mixed: '
-        'compute it of the targets that it is called with. If no targets are to count, as in distillation, pass the mixer y_int=False')
+    if calls.y_int or not all(us[0].equal(u) for u in us[1:]) or not us[0].any(): return
+    if any(u is us[0] for u in us[1:]) or any(not a.equal(b) for yb in ybs[1:] for a,b in zip(ybs[0], yb)) and not _looks_at_targets(calls, f, us[0], ybs[0]):
+        raise ValueError(f'{calls.loss_func} returns the same for both targets of a mixture, and for others too, so it takes labels from elsewhere, which are not mixed: '
+            'compute it of the targets that it is called with. If no targets are to count, as in distillation, pass the mixer y_int=False; '
+            'if they do, and only not yet, as in a warm-up from 0, y_int=True')
 
 # %% ../nbs/06a_own_loss.ipynb #5041efba
 def per_sample(
@@ -111,43 +129,64 @@ def _weighted_sum(us, weights):
 
 _one_lam = 'mix with one λ for the batch, `per_batch=True`'
 
+def _reduce(loss_func, us, weights):
+    u,bs = us[0],len(weights)
+    flattens = any(isinstance(f, BaseLoss) for f in loss_layers(loss_func))
+    if not u.ndim or len(u)%max(bs, 1) or len(u)!=bs and not flattens: raise ValueError(
+        f'{loss_func} left unreduced has the shape {tuple(u.shape)}, which has no values for each of the {bs} samples: {_one_lam}')
+    reduction,u = loss_option(loss_func, 'reduction'),_weighted_sum(us, [per_sample(w, u) for w in weights.unbind(1)])
+    return u if reduction=='none' else getattr(u, reduction)()
+
+# %% ../nbs/06a_own_loss.ipynb #fc151d3c
+def call_for_each(
+    calls:LossCalls, # Of the loss
+    f, # The loss, or the same left unreduced
+    ybs:list, # Targets, and those of each partner, as tuples
+) -> list: # What `f` returns for each of them
+    "A loss for each target of a mixture; a `ValueError` where it is not a function of predictions and targets"
+    if not calls.is_own: return [calls(f, yb) for yb in ybs]
+    first,*others = [calls(f, yb) for yb in ybs]
+    check_depends(calls, f, [first,*others], ybs)
+    last = calls(f, ybs[0])
+    if first.shape==last.shape and torch.allclose(first, last, rtol=1e-4, equal_nan=True): return [last,*others]
+    raise ValueError(f'{calls.loss_func} returns {last.mean().item():.6g} where it returned {first.mean().item():.6g} before, for the same predictions and targets, '
+        'so it cannot be called for both targets of a mixture: let it keep what it remembers in attributes or buffers, and draw from the global generators, '
+        'or pass the mixer y_int=False, which calls it once')
+
 def mix_values(
     calls:LossCalls, # Of the loss
     weights:Tensor, # (bs, k), or (1, k) for the whole batch
     ybs:list, # Targets, and those of each partner, as tuples
 ) -> Tensor: # Reduced as the loss reduces
     "The mean of the losses on each target; a `ValueError` where samples have weights of their own and the loss cannot be left unreduced"
-    loss_func,bs = calls.loss_func,len(weights)
-    if bs>1 and not is_separable(loss_func): raise ValueError(
-        f'{loss_func} has no `reduction` to leave out, so it cannot be mixed sample by sample: {_one_lam}')
-    if bs==1: us = [calls(loss_func, yb) for yb in ybs]
-    else:
-        with NoneReduce(loss_func) as f: us = [calls(f, yb) for yb in ybs]
-    if calls.is_own: check_depends(calls, us, ybs)
-    return _weighted_sum(us, weights[0]) if bs==1 else _reduce(loss_func, us, weights)
+    loss_func = calls.loss_func
+    if len(weights)==1: return _weighted_sum(call_for_each(calls, loss_func, ybs), weights[0])
+    if not is_separable(loss_func): raise ValueError(f'{loss_func} has no `reduction` to leave out, so it cannot be mixed sample by sample: {_one_lam}')
+    with NoneReduce(loss_func) as f:
+        calls.remember()
+        us = call_for_each(calls, f, ybs)
+    return _reduce(loss_func, us, weights)
 
-def _reduce(loss_func, us, weights):
-    u,bs = us[0],len(weights)
-    flattens = any(isinstance(f, BaseLoss) for f in loss_layers(loss_func))
-    if not u.ndim or len(u)%bs or len(u)!=bs and not flattens: raise ValueError(
-        f'{loss_func} left unreduced has the shape {tuple(u.shape)}, which has no values for each of the {bs} samples: {_one_lam}')
-    reduction,u = loss_option(loss_func, 'reduction'),_weighted_sum(us, [per_sample(w, u) for w in weights.unbind(1)])
-    return u if reduction=='none' else getattr(u, reduction)()
+# %% ../nbs/06a_own_loss.ipynb #4af6f6f1
+def _as_single(pred): return map_tensors(lambda o: o.float() if o.is_floating_point() and o.element_size()<4 else o, pred)   # to tell small differences
 
-# %% ../nbs/06a_own_loss.ipynb #cee82b3d
 def check_separable(
     calls:LossCalls, # Of the loss
     weights:Tensor, # (bs, k), or (1, k) for the whole batch
     ybs:list, # Targets, and those of each partner, as tuples
 ):
-    "A `ValueError` if a loss of your own cannot be mixed sample by sample: tried with all of the weight on each target in turn"
+    "A `ValueError` if a loss of your own cannot be mixed sample by sample: tried with all of the weight on each target in turn. It is left as it was"
     if not calls.is_own or len(weights)==1: return
-    bs,k = weights.shape
-    rows,calls = torch.arange(bs, device=weights.device),copy(calls)
-    calls.pred = map_tensors(lambda o: o.detach().float() if o.is_floating_point() and o.element_size()<4 else o.detach(), calls.pred)   # to tell small differences
-    with torch.no_grad():
-        want = calls(calls.loss_func, tuple(torch.stack(ys)[rows%k,rows] for ys in zip(*ybs)))
-        got = mix_values(calls, F.one_hot(rows%k, k), ybs)
+    (bs,k),loss_func = weights.shape,calls.loss_func
+    rows,calls = torch.arange(bs, device=weights.device),LossCalls(loss_func, _as_single(calls.pred))
+    want = calls(loss_func, tuple(torch.stack(ys)[rows%k,rows] for ys in zip(*ybs))).detach()
+    calls.state.restore()
+    if not is_separable(loss_func): return   # an error of `mix_values`
+    with NoneReduce(loss_func) as f:
+        calls.remember()
+        us = [calls(f, yb).detach() for yb in ybs]
+        calls.state.restore()
+    got = _reduce(loss_func, us, F.one_hot(rows%k, k))
     if not torch.allclose(got, want.to(got.dtype), rtol=torch.finfo(want.dtype).eps**.5, equal_nan=True): raise ValueError(
-        f'{calls.loss_func} returns {want.mean().item():.6g} where its unreduced values, reduced as it says, make {got.mean().item():.6g}, '
+        f'{loss_func} returns {want.mean().item():.6g} where its unreduced values, reduced as it says, make {got.mean().item():.6g}, '
         f'so it cannot be mixed sample by sample: {_one_lam}')

@@ -118,21 +118,23 @@ def after_pred(self:MixHandler):
 @patch
 def after_loss(self:MixHandler):
     "Raise a `RuntimeError` if the loss of a mixed batch was not mixed"
-    if not len(self.learn.yb) or self.record and (self.record.plan.k==1 or self.record.was_mixed()): return
-    if self.record is None and type(self).before_batch is MixHandler.before_batch: return   # added in the middle of this batch
+    record = self.record
+    is_its_own = record and (self.learn.yb is record.loss.yb or record.loss.is_for(self.learn.yb))
+    if not len(self.learn.yb) or record and (record.plan.k==1 or is_its_own and record.was_mixed()): return
+    if record is None and type(self).before_batch is MixHandler.before_batch: return   # added in the middle of this batch
     self.restore()
     raise RuntimeError(f'{self!r} is to mix this batch, but its loss was not mixed: after `before_batch` something has replaced the loss or the targets, '
         'a callback has validated or predicted in the middle of it, or a subclass has not called super().before_batch(). '
         'Have a callback that changes targets do so earlier, at an `order` below 9.5, and one that validates later, in after_batch')
 
 @patch
-def before_backward(self:MixHandler):
-    "Raise a `RuntimeError` if what is to be trained is not made of the mixed loss"
+def after_backward(self:MixHandler):
+    "Raise a `RuntimeError` if what is trained is not made of the mixed loss"
     mixed,trained = self.record and self.record.loss.results,self.learn.loss_grad
     if not mixed or trained is mixed[-1] or trained.grad_fn is None or depends_on(trained, mixed): return
     self.restore()
     raise RuntimeError(f'{self!r} has mixed the loss of this batch, but after `after_loss` another one is trained, which knows the labels of one part only: '
-        'have the callback call learn.loss_func(pred, *learn.yb), or add to learn.loss_grad instead of replacing it. Where no labels are to count, as in distillation, make it the learner\'s loss_func, and mix with y_int=False')
+        'have the callback call learn.loss_func(pred, *learn.yb), or add to learn.loss_grad, without the labels, instead of replacing it. Where no labels are to count, as in distillation, make it the learner\'s loss_func, and mix with y_int=False')
 
 # %% ../nbs/09_handler.ipynb #d898bc56
 @patch
@@ -221,7 +223,7 @@ def needs_one_lam(self:MixHandler,
     ys:tuple, # Targets
 ) -> bool:
     "Must the batch have one λ, since the loss cannot be left unreduced?"
-    if loss_func is None or self.soft: return False
+    if loss_func is None or self.soft or as_multi(loss_func) is None and is_separable(loss_func): return False
     for f,y in zip(losses_of(loss_func, len(ys)), ys):
         if is_separable(f) or not mixes_losses(f, y, self.y_int): continue
         if not self.warned: warn(f'{self!r} draws one λ for each batch instead of one per sample, since {loss_func} has no `reduction` to leave out')

@@ -12,6 +12,7 @@ from warnings import warn
 
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from fastcore.basics import noop, patch
 from fastai.layers import NoneReduce
 from fastai.losses import LabelSmoothingCrossEntropy
@@ -22,7 +23,7 @@ from .core import *
 from .plan import *
 
 # %% auto #0
-__all__ = ['mix_class_loss', 'MultiLoss', 'losses_of', 'targets_of_parts', 'mix_losses', 'soft_targets', 'soft_loss',
+__all__ = ['mix_class_loss', 'MultiLoss', 'as_multi', 'losses_of', 'targets_of_parts', 'mix_losses', 'soft_targets', 'soft_loss',
            'ClassBCELoss', 'mix_targets', 'MixLoss']
 
 # %% ../nbs/07_losses.ipynb #a309bc31
@@ -102,14 +103,23 @@ class MultiLoss(nn.Module):
 def _sample_means(f, p, y):
     with NoneReduce(f) as g: return g(p, y).reshape(len(y), -1).mean(1)
 
+# %% ../nbs/07_losses.ipynb #e59e0144
+def as_multi(
+    loss_func, # Loss, as a fastai `Learner` takes it
+) -> MultiLoss: # None where it is another loss
+    "`loss_func`, if it is a `MultiLoss`, compiled or not; one with a `forward` of its own, or hooks, is a loss of your own"
+    f = loss_func._orig_mod if isinstance(loss_func, OptimizedModule) else loss_func
+    return f if type(f) is MultiLoss and not (f._forward_hooks or f._forward_pre_hooks) else None
+
 # %% ../nbs/07_losses.ipynb #78318047
 def losses_of(
     loss_func, # Loss, as a fastai `Learner` takes it
     n:int, # How many targets there are
 ) -> list: # n losses
     "The loss of each target: its own in a `MultiLoss`, else the one that takes them all"
-    if not isinstance(loss_func, MultiLoss): return [loss_func]*n
-    if n==len(loss_func.losses): return list(loss_func.losses)
+    multi = as_multi(loss_func)
+    if multi is None: return [loss_func]*n
+    if n==len(multi.losses): return list(multi.losses)
     raise ValueError(f'{loss_func} has {len(loss_func.losses)} losses, but there are {n} targets: give each target one')
 
 # %% ../nbs/07_losses.ipynb #d5025ce9
@@ -129,17 +139,24 @@ def mix_losses(
     yb:tuple, # Targets, each (n, ...)
     mixed:list=None, # For which of `yb` the losses are mixed; all by default. The others are as the loss takes them
     check:bool=True, # Try whether a loss of your own can be mixed sample by sample?
+    y_int:bool=None, # True: a loss of your own looks at its targets, also where it seems that it does not
 ) -> Tensor: # Reduced as `loss_func` reduces
     "The losses on a sample's targets, each by its weight: sample by sample, or reduced where the batch has one λ"
     mixed = mixed or [True]*len(yb)
-    if isinstance(loss_func, MultiLoss):
-        parts = zip(loss_func.each(pred, yb), mixed)
-        return loss_func.total(mix_losses(f, plan, p, (y,), check=check) if m else f(p, y) for (f,p,y),m in parts)
+    multi = as_multi(loss_func)
+    if multi: return _mix_each(multi, plan, pred, yb, mixed, check, y_int)
     c = class_loss(loss_func) if len(yb)==1 and not yb[0].is_floating_point() else None
     if c: return mix_class_loss(c, plan, pred, yb[0])
-    ybs,calls = targets_of_parts(plan, yb, mixed),LossCalls(loss_func, pred)
+    ybs,calls = targets_of_parts(plan, yb, mixed),LossCalls(loss_func, pred, y_int)
     if check: check_separable(calls, plan.weights, ybs)
     return mix_values(calls, plan.weights, ybs)
+
+def _mix_each(multi, plan, pred, yb, mixed, check, y_int):
+    def value(f, p, y, m): return mix_losses(f, plan, p, (y,), check=check, y_int=y_int) if m else f(p, y)
+    def means(f, p, y, m):
+        with NoneReduce(f) as g: return value(g, p, y, m).reshape(len(plan.pairs), -1).mean(1)
+    f = means if multi.reduction=='none' else value
+    return multi.total(f(*o, m) for o,m in zip(multi.each(pred, yb), mixed))
 
 # %% ../nbs/07_losses.ipynb #a83e3a27
 def soft_targets(
@@ -169,7 +186,10 @@ def soft_loss(
         try: return calls(loss_func, (y,))
         except (TypeError,ValueError,RuntimeError,IndexError) as e: raise ValueError(f'{loss_func} does not take {what} as targets: mix its losses, soft=False') from e
     def soft(plan, y): return loss(soft_targets(plan, y.view(-1) if y.numel()==len(y) else y, pred.shape[1], loss_option(loss_func, 'ignore_index')), 'probabilities')
-    with torch.no_grad(): want,got = loss(own, 'classes, as a validation set has them,'),soft(unmixed_plan(len(own)).to(own.device), own)
+    parts = [(y,) for y in plan.gather(yb[0]).unbind(1)]
+    us = [loss(y, 'classes, as a validation set has them,') for y, in parts]
+    if calls.is_own: check_depends(calls, loss_func, us, parts)
+    with torch.no_grad(): want,got = loss(own, 'classes'),soft(unmixed_plan(len(own)).to(own.device), own)
     if want.shape!=got.shape or not torch.allclose(got, want.to(got.dtype), rtol=1e-3, equal_nan=True): raise ValueError(
         f'{loss_func} returns {want.mean().item():.6g} for classes, but {got.mean().item():.6g} for the same classes as probabilities, '
         'so training and validation would have different losses: mix its losses, soft=False')
@@ -202,18 +222,21 @@ class ClassBCELoss(nn.Module):
     def activation(self, pred): return pred.sigmoid()
     def decodes(self, pred): return pred.argmax(1)
 
-# %% ../nbs/07_losses.ipynb #1f0481e6
-def _mix_target(loss_func, plan, y):
-    if not plan.is_blended(y) or y.is_floating_point(): return plan.mix(y)
-    if class_loss(loss_func) is None: return plan.mix(y.float())
-    raise ValueError(f'y_int=False would blend classes, of shape {tuple(y.shape)}, as numbers, which {loss_func} does not take: '
-        'leave y_int out, or pass it probabilities by soft=True')
-
+# %% ../nbs/07_losses.ipynb #892e4d49
 def _check_pairwise(y):
     "A `ValueError` if `y`, as wide as it is long, holds a value for each pair of samples, as far as can be seen; a warning where it may"
     if y.equal(y.T) and (y!=y[0,0]).any(): raise ValueError(f'A target of shape {tuple(y.shape)}, the same when rows and columns change places, '
         'seems to hold a value for each pair of samples, and the pairs of mixtures have none: have the loss compute it of targets that each sample has')
-    if y.is_floating_point(): warn(f'A target of shape {tuple(y.shape)} is taken for {len(y)} values of each sample, not for a value of each pair of samples, which cannot be mixed')
+    if y.is_floating_point() or y.dtype==torch.bool: warn(f'A target of shape {tuple(y.shape)} is taken for {len(y)} values of each sample, not for a value of each pair of samples, which cannot be mixed')
+
+# %% ../nbs/07_losses.ipynb #1f0481e6
+def _mix_target(loss_func, plan, y):
+    if not plan.is_blended(y) or y.is_floating_point() or y.is_complex(): return plan.mix(y)
+    if class_loss(loss_func) is None: return plan.mix(y.float())
+    raise ValueError(f'y_int=False would blend classes, of shape {tuple(y.shape)}, as numbers, which {loss_func} does not take: '
+        'leave y_int out, or pass it probabilities by soft=True')
+
+def _is_class(y): return False if y.is_floating_point() and y.ndim>1 and y.shape[1]>1 else None if y.is_floating_point() else True   # of floats only (n, c) are probabilities
 
 def mix_targets(
     loss_func, # Loss, as a fastai `Learner` takes it
@@ -224,10 +247,10 @@ def mix_targets(
 ) -> tuple: # Targets, each (n, ...) if its losses are mixed, else mixed, (bs, ...); for which the losses are mixed, a list of bool
     "Decide for each target whether its losses are mixed, and mix the others"
     for y in yb:
-        if y.ndim==2 and y.shape[0]==y.shape[1]>2: _check_pairwise(y)
+        if y.ndim in (2,3) and y.squeeze().shape==(len(y),len(y)) and len(y)>2: _check_pairwise(y.squeeze())
     losses = losses_of(loss_func, len(yb))
-    mixed = [mixes_losses(f, y, not y.is_floating_point() if soft and y_int is None else y_int) for f,y in zip(losses, yb)]
-    if not isinstance(loss_func, MultiLoss): mixed = [any(mixed)]*len(yb)   # one loss of them all
+    mixed = [mixes_losses(f, y, _is_class(y) if soft and y_int is None else y_int) for f,y in zip(losses, yb)]
+    if len(yb)>1 and not as_multi(loss_func): mixed = [any(mixed)]*len(yb)   # one loss of them all
     mixed = [m and plan.is_blended(y) for m,y in zip(mixed, yb)]
     return tuple([y if m else _mix_target(f, plan, y) for f,y,m in zip(losses, yb, mixed)]),mixed
 
@@ -284,8 +307,8 @@ def forward(self:MixLoss,
     else: return loss_func(pred, *yb)
     if not any(mixed): return loss_func(pred, *targets)
     for name,o in kwargs.items(): _check_keyword(name, o, pred, len(yb[0]))
-    if self.soft and all(mixed): res = soft_loss(loss_func, plan, pred, targets)
-    else: res = mix_losses(loss_func, plan, pred, targets, mixed, self._check)
+    if self.soft and all(mixed) and not targets[0].is_floating_point(): res = soft_loss(loss_func, plan, pred, targets)
+    else: res = mix_losses(loss_func, plan, pred, targets, mixed, self._check, self._y_int)
     if self.plan is not None: self.results.append(res)
     return res
 
@@ -296,6 +319,8 @@ def _remind(pred):
 
 def _check_keyword(name, o, pred, bs):
     "A `ValueError` if the keyword `name` holds a value for each sample, which would have to be mixed"
+    for v in tensors_in(o):
+        if v is not o: _check_keyword(name, v, pred, bs)
     if not isinstance(o, Tensor) or not o.ndim or len(o)!=bs: return
     by_class = isinstance(pred, Tensor) and o.ndim==1 and len(o) in pred.shape[1:]
     if not by_class: raise ValueError(f'{name}, of shape {tuple(o.shape)}, seems to belong to the samples, which are mixed: '

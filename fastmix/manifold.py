@@ -147,7 +147,7 @@ def _predicting(model, xb):
     "A function that predicts `xb`; afterwards the model is as it was"
     modes = [(m,m.training) for m in model.modules()]
     model.eval()
-    state = LossState(model, tensors_in(xb)[0].device)
+    state = LossState(model)
     def predict():
         state.restore()
         return [o for o in tensors_in(model(*xb)) if isinstance(o, Tensor) and o.is_floating_point()]

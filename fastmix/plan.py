@@ -66,15 +66,14 @@ class Plan:
         return f'{type(self).__name__}(bs={len(self.pairs)}, k={self.k}, lam={self.lam.numpy(force=True).round(2)}{where})'
 
 # %% ../nbs/03_plan.ipynb #04fdb19c
-def _check_length(plan, x):
-    if len(x)!=plan.n: raise ValueError(f'A plan for {plan.n} samples cannot mix a batch of {len(x)}: draw one for each batch')
+def _wrong_length(plan, x): return ValueError(f'A plan for {plan.n} samples cannot mix a batch of {len(x)}: draw one for each batch')
 
 @patch
 def unmixed(self:Plan,
     x:Tensor, # (n, ...)
 ) -> Tensor: # (bs, ...): `x` itself, if it can be
     "The samples themselves, without their partners, in the order of the mixtures"
-    _check_length(self, x)
+    if len(x)!=self.n: raise _wrong_length(self, x)
     return without_partners(x, self.pairs, self.in_order)
 
 # %% ../nbs/03_plan.ipynb #7becde36
@@ -92,7 +91,7 @@ def mix(self:Plan,
 ) -> Tensor: # (bs, ...)
     "The mixture of each sample of `x` with its partners"
     if self.k==1: return self.unmixed(x)
-    _check_length(self, x)
+    if len(x)!=self.n: raise _wrong_length(self, x)
     if self.is_blended(x): return blend_rows(x, self.pairs, self.weights, self.in_order)
     return self.region.paste(x, self.pairs, self.in_order)
 
@@ -102,7 +101,7 @@ def gather(self:Plan,
     y:Tensor, # (n, ...) A target that `is_blended`
 ) -> Tensor: # (bs, k, ...)
     "The targets of each sample and of its partners, in the order of `weights`"
-    _check_length(self, y)
+    if len(y)!=self.n: raise _wrong_length(self, y)
     return y[self.pairs]
 
 # %% ../nbs/03_plan.ipynb #bab317eb

@@ -631,3 +631,23 @@ def test_partners_see_numbers_where_the_loss_does():
 def test_a_mixer_of_fastai_is_named():
     with pytest.raises(ValueError, match='has MixUp of fastai.callback.mixup, which is no mixer of fastmix'): find_mixer(mk_learn(class_dls(), cbs=FastaiMixUp()))
     with pytest.raises(TypeError, match=r'as in Mixing\(MixUp\(.4\)\), but it is .* of fastai.callback.mixup'): check_mixer(FastaiMixUp(), 'Mixing(MixUp(.4))')
+
+def test_a_loss_that_is_replaced_before_the_backward_pass():
+    class Late(Callback):
+        order,run_valid = 20,False
+        def before_backward(self): self.learn.loss_grad = F.cross_entropy(self.learn.pred, self.learn.y)
+    learn = mk_learn(class_dls(), cbs=[MixUp(1.), Late()])
+    before = learn.model.weight.clone()
+    with pytest.raises(RuntimeError, match='another one is trained'): quiet_fit(learn)
+    assert learn.model.weight.equal(before)
+
+def test_blended_targets_that_are_put_back_before_the_loss():
+    "Though the loss was called with the blended ones before"
+    class Back(Callback):
+        order,run_valid = 20,False
+        def before_batch(self): self.own = self.mix_up.record.yb
+        def after_pred(self):
+            self.learn.loss_func(self.pred, *self.yb)
+            self.learn.yb = self.own
+    learn = mk_learn(mk_dls([torch.randn(16, 6)], [torch.rand(16, 4)]), None, nn.MSELoss(), cbs=[MixUp(1.), Back()])
+    with pytest.raises(RuntimeError, match='its loss was not mixed'): quiet_fit(learn)

@@ -646,3 +646,64 @@ def test_outputs_keep_their_class():
     def f(out, y, reduction='mean'): return F.cross_entropy(out.logits, y, reduction=reduction)
     p,y,plan = batch()
     close(MixLoss(f)(Output(p.half()), y, plan=plan), MixLoss(F.cross_entropy)(p.half(), y, plan=plan), rtol=1e-3)
+
+# Losses that only look known
+def tripled(m, args): return args[0]*3,args[1]
+
+@pytest.mark.parametrize('make', [nn.CrossEntropyLoss, nn.MSELoss])
+@pytest.mark.parametrize('change', [lambda f: f.register_forward_pre_hook(tripled), lambda f: f.register_forward_hook(lambda m,a,o: 3*o),
+    lambda f: setattr(f, 'forward', lambda p,y: F.cross_entropy(3*p, y.long(), reduction=f.reduction))], ids=['pre-hook','hook','forward'])
+def test_a_known_loss_that_was_changed_is_one_of_your_own(make, change):
+    change(f := make())
+    p,y,plan = batch()
+    t = y if make is nn.CrossEntropyLoss or 'forward' in vars(f) else torch.rand(8, C)
+    f.reduction = 'none'
+    us = [f(p, o).reshape(8, -1).mean(1) for o in (t,t[plan.idx])]
+    f.reduction = 'mean'
+    close(MixLoss(f)(p, t.float() if 'forward' in vars(f) else t, plan=plan), (plan.lam*us[0] + (1-plan.lam)*us[1]).mean())
+
+class Squared(MultiLoss):
+    def forward(self, preds, *yb): return super().forward(preds, *yb)**2
+
+def test_a_changed_multiloss_is_one_of_your_own():
+    p,y,plan = batch()
+    one = Plan.of(plan.idx, torch.tensor([.6]))
+    z,preds = torch.randn(8, C),(p,2*p)
+    hooked = MultiLoss(nn.CrossEntropyLoss(), nn.L1Loss())
+    hooked.register_forward_hook(lambda m,a,o: 5*o)
+    for f in Squared(nn.CrossEntropyLoss(), nn.L1Loss()),hooked:
+        close(MixLoss(f)(preds, y, z, plan=one), .6*f(preds, y, z) + .4*f(preds, y[one.idx], z[one.idx]))
+    plain = MultiLoss(nn.CrossEntropyLoss(), nn.L1Loss())
+    close(MixLoss(torch.compile(plain, backend='eager'))(preds, y, z, plan=plan), want := MixLoss(plain)(preds, y, z, plan=plan))
+    plain.reduction = 'none'
+    each = MixLoss(plain)(preds, y, z, plan=plan)
+    assert each.shape==(8,)
+    close(each.mean(), want)
+
+def test_complex_targets():
+    p,y = torch.randn(2, 8, 3, dtype=torch.complex64)
+    plan = draw()
+    close(MixLoss(nn.L1Loss())(p, y, plan=plan), (p-(plan.lam[:,None]*y + (1-plan.lam[:,None])*y[plan.idx])).abs().mean())
+
+@pytest.mark.parametrize('shape', [(8,8,1), (8,1,8)], ids=name_of)
+def test_values_of_pairs_in_other_shapes(shape):
+    y,plan = torch.arange(8)%3,draw()
+    with pytest.raises(ValueError, match='each pair of samples'): MixLoss(F.mse_loss)(torch.rand(shape), (y[:,None]==y).float().view(shape), plan=plan)
+    with pytest.warns(UserWarning, match='values of each sample'): MixLoss(F.binary_cross_entropy_with_logits)(torch.rand(8, 8), y[:,None]>y, plan=plan)
+
+def test_codes_are_no_probabilities():
+    "soft=True is for classes, (bs,), and for probabilities, (bs, c)"
+    def f(p, y): return F.cross_entropy(p, y.long())
+    p,y,_ = batch()
+    plan = Plan.of(torch.arange(8).roll(1), torch.tensor([.7]))
+    close(MixLoss(f, soft=True)(p, y.float(), plan=plan), .7*f(p, y) + .3*f(p, y[plan.idx]))
+
+def test_soft_labels_that_come_from_elsewhere():
+    p,y,plan = batch(6)
+    loss = F.cross_entropy(p.requires_grad_(), y)
+    with pytest.raises(ValueError, match='takes labels from elsewhere'): MixLoss(lambda p,y: loss, soft=True)(p, y, plan=plan)
+
+def test_weights_of_samples_in_a_nest():
+    def f(p, y, w=None, reduction='mean'): return F.cross_entropy(p, y, reduction=reduction)
+    p,y,plan = batch(6)
+    with pytest.raises(ValueError, match='w, of shape .6,., seems to belong to the samples'): MixLoss(f)(p, y, plan=plan, w=dict(a=torch.rand(6)))

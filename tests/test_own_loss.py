@@ -1,8 +1,10 @@
 "Losses of your own: each call is as the first, and one that does not look at its targets is refused"
+import random
+from collections import Counter, deque
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
-import pytest, torch, torch.nn.functional as F
+import numpy as np, pytest, torch, torch.nn.functional as F
 from torch import nn
 from fastai.callback.core import Callback
 from fastai.losses import BaseLoss
@@ -210,3 +212,147 @@ class Output:
 def test_a_loss_that_writes_into_predictions_of_any_class(cls):
     def f(o, y): return margin(o.logits, y)
     torch.testing.assert_close(MixLoss(f)(cls(logits=pred), y, plan=swap), mixed(lambda p,y: margin(p, y, 'none')))
+
+# What a loss remembers, and where
+class Prototypes(nn.Module):
+    "Learns a centre of each class as it goes"
+    reduction = 'mean'
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('c', torch.eye(4))
+    def forward(self, p, y):
+        u = (p-self.c[y]).square().sum(1)
+        with torch.no_grad(): self.c.index_copy_(0, y, .9*self.c[y] + .1*p.detach())
+        return u if self.reduction=='none' else u.mean()
+
+class Normed(nn.Module):
+    reduction = 'mean'
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm1d(4)
+    def forward(self, p, y): return F.cross_entropy(self.bn(p), y, reduction=self.reduction)
+
+class WritesData(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.n = torch.zeros(())
+    def forward(self, p, y):
+        self.n.data.add_(1)
+        return F.cross_entropy(p, y)/self.n
+
+@pytest.mark.parametrize('plan', [swap, sides], ids=['one λ','λ per sample'])
+@pytest.mark.parametrize('cls', [Prototypes, Normed, WritesData])
+def test_what_is_remembered_is_what_the_unmixed_batch_leaves(cls, plan):
+    if cls is WritesData and plan is sides: return
+    got,want = cls(),cls()
+    p,t = pred[:4],y[:4]
+    plan = Plan.of(torch.tensor([1,2,3,0]), plan.lam[:4])
+    for _ in range(2):
+        MixLoss(got)(3*p+1, t, plan=plan)
+        want(3*p+1, t)
+    def remembered(f): return [*f.buffers(), *(v for v in vars(f).values() if isinstance(v, torch.Tensor))]
+    torch.testing.assert_close(remembered(got), remembered(want))
+
+def test_a_tensor_that_others_hold_stays_the_same():
+    bank = torch.zeros(4)
+    class Bank(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bank = bank
+        def forward(self, p, y):
+            self.bank += 1
+            return F.cross_entropy(p, y)*self.bank.sum()
+    f = Bank()
+    for n in 1,2: torch.testing.assert_close(MixLoss(f)(pred, y, plan=swap), 4*n*mixed(ce))
+    assert f.bank is bank and bank.equal(torch.full((4,), 2.))
+
+def of_list():
+    n = [0]
+    def f(p, y):
+        n[0] += 1
+        return F.cross_entropy(p, y)/n[0]
+    return f
+
+class Holds:
+    def __init__(self, n): self.n = n
+    def __call__(self, p, y):
+        self.n[0] += 1
+        return F.cross_entropy(p, y)/float(self.n[0])
+
+def of_generator():
+    g = torch.Generator().manual_seed(0)
+    return lambda p,y: F.cross_entropy(p*(torch.rand(p.shape, generator=g)>.5), y)
+
+def of_module():
+    f = Counts()
+    return lambda p,y: f(p, y)
+
+unseen = [of_list, lambda: Holds(Counter({0:0})), lambda: Holds(np.zeros(1)), lambda: Holds(deque([0])), of_generator, of_module]
+
+@pytest.mark.parametrize('make', unseen, ids=['list','counter','array','deque','generator','module of a lambda'])
+def test_a_memory_that_is_not_seen_is_refused(make):
+    with pytest.raises(ValueError, match='for the same predictions and targets, so it cannot be called for both.*y_int=False'): MixLoss(make())(pred, y, plan=swap)
+
+def test_parameters_that_a_loss_writes_into():
+    class Teacher(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(4), requires_grad=False)
+        def forward(self, p, y):
+            self.w.mul_(.9)
+            return F.cross_entropy(self.w*p, y)
+    with pytest.raises(ValueError, match='writes into its parameters'): MixLoss(Teacher())(pred, y, plan=swap)
+
+@pytest.mark.parametrize('rand', [lambda p: np.random.rand(*p.shape), lambda p: [[random.random() for _ in row] for row in p]], ids=['numpy','python'])
+def test_random_numbers_of_other_generators(rand):
+    def drops(p, y): return F.cross_entropy(p*(torch.as_tensor(rand(p))>.5), y)
+    state = np.random.get_state(),random.getstate()
+    got = MixLoss(drops)(pred, y, plan=swap)
+    after = np.random.rand(),random.random()
+    np.random.set_state(state[0])
+    random.setstate(state[1])
+    torch.testing.assert_close(got, mixed(ce, p=pred*(torch.as_tensor(rand(pred))>.5)))
+    assert (np.random.rand(),random.random())==after
+
+# Good losses that are not refused
+def masked(p, y):
+    known = y.isfinite()
+    return (F.mse_loss(p[known], y[known]) if known.any() else p.sum()*0) + .1*p.square().mean()
+def hinge(p, y): return (1-y*p).clamp_min(0).mean() + .1*p.square().mean()
+def proportions(p, y): return (p.softmax(1).mean(0)-F.one_hot(y, 4).float().mean(0)).square().sum()
+
+same = [(masked, torch.full((6,4), torch.nan)), (hinge, torch.ones(6, 4)), (hinge, torch.tensor([[2.],[3.]]).repeat(3, 4)), (proportions, y)]
+
+@pytest.mark.parametrize('f,t', same,
+    ids=['nothing known','no difference','all beyond the margin','permuted'])
+def test_targets_that_happen_to_say_the_same(f, t):
+    p = (pred.abs()+9).requires_grad_()
+    torch.testing.assert_close(MixLoss(f)(p, t, plan=swap), .7*f(p, t) + .3*f(p, t[swap.idx]))
+
+def test_targets_that_do_not_count_yet():
+    "A weight that begins at 0 is no loss of other labels, but only the user knows"
+    def warm_up(p, y): return 0*F.cross_entropy(p, y) + p.square().mean()
+    for loss in MixLoss(warm_up),MixLoss(warm_up, soft=True):
+        with pytest.raises(ValueError, match='a warm-up from 0, y_int=True'): loss(pred, y, plan=swap)
+    torch.testing.assert_close(MixLoss(warm_up, y_int=True)(pred, y, plan=swap), pred.square().mean())
+
+def test_a_loss_that_takes_gradients():
+    def penalised(p, y, reduction='mean'):
+        u = F.cross_entropy(p, y, reduction='none')
+        u = u + torch.autograd.grad(u.sum(), p, create_graph=True)[0].square().sum(1)
+        return u if reduction=='none' else u.mean()
+    p = pred.clone().requires_grad_()
+    want = sum((w*penalised(p, t, 'none')).mean() for w,t in ((sides.lam,y),(1-sides.lam,y[sides.idx])))
+    torch.testing.assert_close(MixLoss(penalised)(p, y, plan=sides), want)
+
+def test_a_reduction_that_is_a_property():
+    class Own(nn.Module):
+        _reduction = 'mean'
+        reduction = property(lambda self: self._reduction, lambda self,v: setattr(self, '_reduction', v))
+        def forward(self, p, y): return F.cross_entropy(p, y, reduction=self.reduction)
+    f = Own()
+    torch.testing.assert_close(MixLoss(f)(pred, y, plan=sides), mixed(ce, sides))
+    assert f.reduction=='mean'
+
+def test_what_is_no_tensor():
+    with pytest.raises(TypeError, match='must return a tensor to be mixed, but returned a dict'): MixLoss(lambda p,y: dict(loss=F.cross_entropy(p, y)))(pred, y, plan=swap)
