@@ -158,7 +158,7 @@ def mapping_like(
     o, # A mapping
     items:dict, # With the same keys
 ): # Of the class of `o`, with its attributes
-    "`items`, as a mapping like `o`; a `TypeError` where its values cannot be told from those of `o`"
+    "`items`, as a mapping like `o`; a `TypeError` where a copy of `o` shares its values"
     if type(o) is dict: return items
     res,old = copy(o),{**o}
     attrs = getattr(res, '__dict__', {})
