@@ -10,6 +10,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 
 from fastai.vision.all import *
+from fastai.callback import mixup as fastai_mixup
 from fastai.learner import mk_metric
 
 from ._loss_config import loss_option
@@ -22,9 +23,10 @@ __all__ = ['MixMetric', 'CleanLoss', 'CalibrationError', 'calibration_bins']
 
 # %% ../nbs/13_metrics.ipynb #a473848f
 def _record(learn):
-    "The record of the present batch, if it is one of training and there is a mixer; an error if its targets have been replaced"
-    mixer = learn.training and first(learn.cbs, lambda o: isinstance(o, MixHandler))
-    if not mixer or not mixer.record: return None
+    "The record of the present batch, if it is one of training and there is a mixer; an error if its targets have been replaced, or the mixer is fastai's own"
+    if not learn.training or not any(isinstance(o, (MixHandler,fastai_mixup.MixHandler)) for o in learn.cbs): return None
+    mixer = find_mixer(learn)
+    if not mixer.record: return None
     if mixer.record.loss.is_for(learn.yb): return mixer.record
     raise RuntimeError('A callback has replaced the targets of this mixed batch, so a metric would count those of one part only: have it put them back, or make its changes before order 9.5')
 

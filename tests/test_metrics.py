@@ -2,6 +2,7 @@
 import re
 import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
 from fastai.callback.core import Callback
+from fastai.callback.mixup import MixUp as FastaiMixUp
 from fastai.callback.rnn import RNNCallback
 from fastai.data.block import CategoryBlock
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
@@ -280,3 +281,8 @@ def test_targets_that_are_no_class():
     def f(pred, y): return F.cross_entropy(pred, y, ignore_index=255)
     learn = mk_learn(mk_dls([torch.randn(8, 2)], [torch.tensor([0,1,255,0,1,1,255,0])]), Same(), f, metrics=CalibrationError())
     with pytest.raises(ValueError, match='classes from 0 to 1, but there are targets from 0 to 255.*ignore_index'), learn.no_bar(): learn.validate()
+
+def test_a_mixer_of_fastai_is_named():
+    "It mixes, and nobody knows how"
+    with pytest.raises(ValueError, match='has MixUp of fastai.callback.mixup, which is no mixer of fastmix'):
+        train(class_dls(), [MixMetric(accuracy)], FastaiMixUp(), loss_func=CrossEntropyLossFlat())
