@@ -8,11 +8,15 @@ Docs: https://fastmix.github.io/fastmix/own_loss.html.md"""
 from __future__ import annotations
 
 import inspect, random
+from collections import deque
+from copy import copy
 from functools import partial
 
 import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from fastai.layers import NoneReduce
+from fastai.learner import Learner
 from fastai.losses import BaseLoss
 
 from ._loss_config import *
@@ -22,43 +26,86 @@ from .core import *
 __all__ = ['LossState', 'LossCalls', 'check_depends', 'per_sample', 'call_for_each', 'mix_values', 'check_separable']
 
 # %% ../nbs/06a_own_loss.ipynb #161b78e0
-def _owners(f):
-    "The objects whose attributes a layer of a loss may change"
-    return list(f.modules()) if isinstance(f, nn.Module) else [f.__self__ if inspect.ismethod(f) else f]
+_internals = {*vars(nn.Module())} - {'training'}
+
+def _reach(o, found=None):
+    "The modules, functions and containers that a loss is made of, and the objects that it is a method of, each once, by its id"
+    found = {} if found is None else found
+    is_part = isinstance(o, (nn.Module,list,tuple,dict,deque,np.ndarray)) or callable(o)
+    if id(o) in found or isinstance(o, (type,Learner)) or not is_part: return found
+    found[id(o)] = o
+    if isinstance(o, nn.Module): inner = [*o.children(), *(v for k,v in vars(o).items() if k not in _internals)]
+    elif isinstance(o, partial): inner = [o.func, *o.args, o.keywords]
+    elif inspect.isfunction(o): inner = [c.cell_contents for c in o.__closure__ or () if _is_full(c)]
+    elif inspect.ismethod(o): inner = [o.__func__, *([o.__self__] if isinstance(o.__self__, nn.Module) else vars(o.__self__).values())]
+    elif isinstance(o, (list,tuple,dict,deque)): inner = list(o.values() if isinstance(o, dict) else o)[:100]
+    else: inner = list(getattr(o, '__dict__', {}).values())
+    for v in inner: _reach(v, found)
+    return found
 
 def _is_full(cell):
     try: return cell.cell_contents is not cell
     except ValueError: return False
+
+# %% ../nbs/06a_own_loss.ipynb #dd216b53
+def _refill(o, values):
+    "Put `values` back into the container `o`"
+    if isinstance(o, np.ndarray): o[...] = values
+    elif isinstance(o, list): o[:] = values
+    else:
+        o.clear()
+        o.update(values) if isinstance(o, dict) else o.extend(values)
 
 class LossState:
     "What a loss remembers from call to call, and the state of random generators"
     def __init__(self,
         loss_func, # Loss, as a fastai `Learner` takes it
     ):
-        layers = [o for o in loss_layers(loss_func) if not isinstance(o, scripted)]
-        owners = [o for f in layers for o in _owners(f) if isinstance(getattr(o, '__dict__', None), dict)]
-        self.attrs = [(d, {**d}) for o in owners for d in (vars(o), vars(o).get('_buffers')) if isinstance(d, dict)]
-        self.cells = [(c, c.cell_contents) for f in layers for c in getattr(f, '__closure__', None) or () if _is_full(c)]
+        objects = [o for o in _reach(loss_func).values() if not isinstance(o, scripted)]
+        owners = [o for f in objects for o in (f, getattr(f, '__self__', None) if inspect.ismethod(f) else None) if isinstance(getattr(o, '__dict__', None), dict)]
+        dicts = [d for o in owners for d in (vars(o), vars(o).get('_buffers')) if isinstance(d, dict)]
+        self.attrs = [(d, {**d}) for d in (*dicts, *(f.keywords for f in objects if isinstance(f, partial)))]
+        self.cells = [(c, c.cell_contents) for f in objects for c in getattr(f, '__closure__', None) or () if _is_full(c)]
+        self.containers = [(o, copy(o)) for o in objects if isinstance(o, (list,dict,deque)) or isinstance(o, np.ndarray) and o.flags.writeable]
         held = [v for _,d in self.attrs for v in d.values()] + [v for _,v in self.cells]
-        held += [v for f in layers if isinstance(f, partial) for v in (*f.args, *f.keywords.values())]
-        self.tensors = [(v, v.detach().clone()) for v in held if isinstance(v, Tensor) and not v.requires_grad and not v.is_inference()]
-        self.params = [(p, p._version) for o in owners if isinstance(o, nn.Module) for p in o._parameters.values() if p is not None]
+        self.tensors = {id(v): v for v in held if isinstance(v, Tensor) and not v.requires_grad}
+        self.params = [(p, p._version) for o in owners if isinstance(o, nn.Module) for p in o._parameters.values() if p is not None and not is_lazy(p)]
         self.cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
         self.random = torch.get_rng_state(),np.random.get_state(),random.getstate()
 
-    def restore(self):
-        "Put it back, all but what is written into other objects than tensors; a `ValueError` where parameters are written into"
-        if any(p._version!=version for p,version in self.params): raise ValueError(
-            'The loss writes into its parameters, which would be done for each target of a mixture: have a callback do it, once a batch')
+    def reset(self):
+        "As it was, with the very same objects"
         for d,attrs in self.attrs:
             for k in d.keys()-attrs.keys(): del d[k]
             d.update(attrs)
         for c,value in self.cells: c.cell_contents = value
-        for v,before in self.tensors: v.data.copy_(before)
+        for o,values in self.containers: _refill(o, values)
         for set_state,state in zip((torch.set_rng_state, np.random.set_state, random.setstate), self.random): set_state(state)
         if self.cuda is not None: torch.cuda.set_rng_state(self.cuda)
 
+    def restore(self):
+        "As it was, with tensors of its own to write into; a `ValueError` where it has written into its parameters"
+        if any(p._version!=version for p,version in self.params): raise ValueError(
+            'The loss writes into its parameters, which would be done for each target of a mixture: have a callback do it, once a batch')
+        self.reset()
+        self.lent = {i: v.clone() for i,v in self.tensors.items()}
+        for d,attrs in self.attrs: d.update({k: self.lent[id(v)] for k,v in attrs.items() if id(v) in self.tensors})
+        for c,value in self.cells: c.cell_contents = self.lent.get(id(value), value)
+
+    def keep(self):
+        "What the last call has written goes into the tensors that others may hold"
+        back = {id(self.lent[i]): v for i,v in self.tensors.items()}
+        for i,v in self.tensors.items():
+            if not self.lent[i].equal(v): v.data.copy_(self.lent[i])
+        for d,attrs in self.attrs: d.update({k: back[id(o)] for k,o in d.items() if id(o) in back})
+        for c,_ in self.cells: c.cell_contents = back.get(id(c.cell_contents), c.cell_contents)
+
 # %% ../nbs/06a_own_loss.ipynb #fbe62281
+def _clone(o):
+    res = o.clone()
+    vars(res).update(vars(o))   # what a model has attached
+    return res
+
 class LossCalls:
     "Calls of a loss on the predictions of one batch, each of which finds what the first one found"
     def __init__(self,
@@ -80,7 +127,7 @@ class LossCalls:
         "The loss; one of your own gets tensors of its own, to write into"
         if not self.is_own: return f(self.pred, *yb)
         self.state.restore()
-        res = f(*map_tensors(Tensor.clone, (self.pred,*yb)))
+        res = f(*map_tensors(_clone, (self.pred,*yb)))
         if isinstance(res, Tensor): return res
         raise TypeError(f'{self.loss_func} must return a tensor to be mixed, but returned a {type(res).__name__}')
 
@@ -148,6 +195,7 @@ def call_for_each(
     first,*others = [calls(f, yb) for yb in ybs]
     check_depends(calls, f, [first,*others], ybs)
     last = calls(f, ybs[0])
+    calls.state.keep()
     if first.shape==last.shape and torch.allclose(first, last, rtol=1e-4, equal_nan=True): return [last,*others]
     raise ValueError(f'{calls.loss_func} returns {last.mean().item():.6g} where it returned {first.mean().item():.6g} before, for the same predictions and targets, '
         'so it cannot be called for both targets of a mixture: let it keep what it remembers in attributes or buffers, and draw from the global generators, '
@@ -180,12 +228,12 @@ def check_separable(
     (bs,k),loss_func = weights.shape,calls.loss_func
     rows,calls = torch.arange(bs, device=weights.device),LossCalls(loss_func, _as_single(calls.pred))
     want = calls(loss_func, tuple(torch.stack(ys)[rows%k,rows] for ys in zip(*ybs))).detach()
-    calls.state.restore()
+    calls.state.reset()
     if not is_separable(loss_func): return   # an error of `mix_values`
     with NoneReduce(loss_func) as f:
         calls.remember()
         us = [calls(f, yb).detach() for yb in ybs]
-        calls.state.restore()
+        calls.state.reset()
     got = _reduce(loss_func, us, F.one_hot(rows%k, k))
     if not torch.allclose(got, want.to(got.dtype), rtol=torch.finfo(want.dtype).eps**.5, equal_nan=True): raise ValueError(
         f'{loss_func} returns {want.mean().item():.6g} where its unreduced values, reduced as it says, make {got.mean().item():.6g}, '

@@ -166,7 +166,7 @@ def mapping_like(
         if isinstance(v, dict): attrs[k] = copy(v)   # where it keeps its values
     for k,v in items.items():
         res[k] = v
-        if k in attrs: attrs[k] = v
+        if k in attrs and attrs[k] is old[k]: attrs[k] = v
         if o[k] is not old[k]: raise TypeError(f'A {type(o).__name__} cannot be copied by copy.copy, which a mixed batch needs: use a dict')
     return res
 

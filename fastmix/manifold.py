@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 
 from fastai.basics import *
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parameter import is_lazy
 from fastai.tabular.model import TabularModel
 from fastai.text.models.core import PoolingLinearClassifier
 
@@ -141,45 +143,57 @@ class HiddenLayer(MixedInputs):
         "Remove the hooks"
         for o in self.hooks: o.remove()
 
-# %% ../nbs/11_manifold.ipynb #3071f0ff
+# %% ../nbs/11_manifold.ipynb #28f6ae83
 @contextmanager
-def _predicting(model, xb):
-    "A function that predicts `xb`; afterwards the model is as it was"
+def _predicting(model, training):
+    "A function that predicts; afterwards the model is as it was"
     modes = [(m,m.training) for m in model.modules()]
-    model.eval()
+    model.train(training)
+    for m in model.modules():
+        if isinstance(m, _DropoutNd): m.eval()
     state = LossState(model)
-    def predict():
+    def predict(xb):
         state.restore()
         return [o for o in tensors_in(model(*xb)) if isinstance(o, Tensor) and o.is_floating_point()]
     try:
         with torch.no_grad(): yield predict
     finally:
-        state.restore()
+        state.reset()
         for m,mode in modes: m.training = mode
+
+def _permuted(model, layer, xb, training):
+    "Predictions, those for the inputs in another order, and those with this order behind `layer`; None where the layer cannot be mixed"
+    bs,calls = len(tensors_in(xb)[0]),[]
+    idx = torch.arange(bs).roll(1)
+    def permute(m, args, h):
+        calls.append(_fault(m, h, bs))
+        return None if calls[-1] else h[idx]
+    with _predicting(model, training) as predict:
+        plain,want = predict(xb),predict(map_tensors(lambda x: x[idx], xb))
+        hook = get_model(model).get_submodule(layer).register_forward_hook(permute)
+        try: got = predict(xb)
+        finally: hook.remove()
+    return (plain,want,got) if calls==[None] else None   # what is wrong with it is said in the batch itself
 
 def check_layer(
     model:nn.Module, # As a `Learner` has it
     layer:str, # Name of a layer
     xb:tuple, # Inputs
-):
+) -> bool: # False where it does not show, as with a last layer of zeros
     "A `ValueError` if `layer` is not all that leads from the inputs to the predictions"
-    bs,calls = len(tensors_in(xb)[0]),[]
-    idx = torch.arange(bs).roll(1)
-    def swap(m, args, h):
-        calls.append(_fault(m, h, bs))
-        return None if calls[-1] else h[idx]
-    with _predicting(model, xb) as predict:
-        before,again = predict(),predict()
-        hook = get_model(model).get_submodule(layer).register_forward_hook(swap)
-        try: after = predict()
-        finally: hook.remove()
-    if calls!=[None]: return   # what is wrong with it is said in the batch itself
-    for p,same,p1 in zip(before, again, after):
-        if not p.ndim or len(p)%bs or not same.equal(p): continue   # no rows to compare, or random ones
-        p,p1 = (o.float().view(bs, -1) for o in (p,p1))
-        differ = (p-p[idx]).abs().max()
-        if (p1-p[idx]).abs().max() > .01*differ+1e-6: raise ValueError(f'Not all that the predictions depend on goes through the layer {layer}, so a batch would be mixed in part: '
-            'name layers that have no way around them')
+    if any(map(is_lazy, model.parameters())): return False
+    with _predicting(model, True) as predict: n = len(predict(xb))
+    shows = False
+    for training in False,True:
+        found = _permuted(model, layer, xb, training)
+        if found is None: return True
+        for p,want,got in zip(*found):
+            differ = (want-p).abs().max() if p.numel() else 0
+            if differ and (got-want).abs().max() > .01*differ: raise ValueError(
+                f'Not all that the predictions depend on goes through the layer {layer}, so a batch would be mixed in part: name layers that have no way around them')
+            shows = shows or bool(differ)
+        if len(found[0])==n: break
+    return shows
 
 # %% ../nbs/11_manifold.ipynb #f80e1e1a
 class ManifoldMixUp(MixUp):
@@ -210,9 +224,16 @@ class ManifoldMixUp(MixUp):
     def mix_inputs(self, plan, xs, model=None, ys=()):
         if plan.layer=='input': return super().mix_inputs(plan, xs, model, ys)
         check_not_compiled(get_model(model), [plan.layer])
-        if self.learn and plan.layer not in self.checked and all(x.is_floating_point() for x in xs): check_layer(model, plan.layer, self.learn.xb)
-        self.checked = self.checked | {plan.layer}
+        if plan.layer not in self.checked and all(x.is_floating_point() for x in xs): self.check_layer(plan, xs, model)
         return HiddenLayer(plan, xs, model)
+
+    def check_layer(self, plan, xs, model):
+        "`check_layer`, once a fit, on a learner; elsewhere for models that are called with the inputs of a batch"
+        try: shows = check_layer(model, plan.layer, self.learn.xb if self.learn else tuple(x[:len(plan.pairs)] for x in xs))
+        except (TypeError,NotImplementedError,AttributeError):
+            if self.learn: raise
+            shows = True   # a module of Lightning that has no `forward` of these inputs
+        if shows: self.checked = self.checked | {plan.layer}
 
     @property
     def layer(self) -> str: # None between trainings

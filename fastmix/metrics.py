@@ -14,6 +14,7 @@ from fastai.callback import mixup as fastai_mixup
 from fastai.learner import mk_metric
 
 from ._loss_config import loss_option
+from ._own_loss import LossState
 from .batch import *
 from .core import *
 from .handler import *
@@ -67,7 +68,7 @@ def _values(func, pred, yb):
     def value(rows): return torch.as_tensor(func(*map_tensors(lambda o: o[rows], (pred,*yb)))).detach().cpu()
     whole = value(slice(None))
     try: each = torch.stack([value(slice(i, i+1)) for i in range(find_bs(yb))])
-    except (ValueError,RuntimeError,IndexError): return whole
+    except Exception: return whole   # it is none of single samples
     return each if each.ndim==1 and torch.allclose(each.double().mean(), whole.double(), rtol=1e-5) else whole
 
 def _accumulate(metric, learn, yb, weight):
@@ -105,11 +106,15 @@ class CleanLoss(Metric):
 
     def loss(self, learn, xb, yb):
         "The loss of a batch, with what callbacks do to predictions"
+        state = LossState(learn.loss_func)
         with _evaluating(learn):
             learn.xb,learn.yb = xb,yb
             learn.pred = learn.model(*xb)
             learn('after_pred')
-            return learn.loss_func(learn.pred, *learn.yb).mean()
+            state.restore()
+            res = learn.loss_func(learn.pred, *learn.yb).mean()
+        state.reset()
+        return res
 
     @property
     def value(self): return self.total/self.count if self.count else None

@@ -195,3 +195,7 @@ def test_a_mapping_that_shares_its_values_with_its_copies():
         def __init__(self, **kwargs): self.box = [kwargs]
         _d = property(lambda self: self.box[0])
     with pytest.raises(TypeError, match='Shared cannot be copied'): map_tensors(lambda x: 2*x, Shared(img=torch.ones(2)))
+
+def test_a_key_that_is_the_name_of_an_attribute():
+    o = map_tensors(lambda x: 2*x, UserDict(data=torch.ones(2), mask=torch.ones(1)))
+    assert o['data'].equal(torch.full((2,), 2.)) and set(o)=={'data','mask'}

@@ -724,3 +724,11 @@ def test_a_batch_whose_values_are_attributes():
             return self.loss_func(self(batch.img), batch.label)
     def collate(b): return AttrDict(img=torch.stack([o for o,_ in b]), label=torch.stack([o for _,o in b]))
     fit(Attributes(), MixUp(1.), dl=DataLoader(list(zip(x, y)), 16, collate_fn=collate))
+
+def test_a_layer_with_a_way_around_it():
+    class Wide(Digits):
+        def mk_model(self):
+            self.wide = nn.Linear(64, 10)
+            return super().mk_model()
+        def forward(self, x): return self.model(x) + self.wide(x.flatten(1))
+    with pytest.raises(ValueError, match='no way around'): fit(Wide(), ManifoldMixUp(1., layers='model.2'))

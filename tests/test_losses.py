@@ -707,3 +707,8 @@ def test_weights_of_samples_in_a_nest():
     def f(p, y, w=None, reduction='mean'): return F.cross_entropy(p, y, reduction=reduction)
     p,y,plan = batch(6)
     with pytest.raises(ValueError, match='w, of shape .6,., seems to belong to the samples'): MixLoss(f)(p, y, plan=plan, w=dict(a=torch.rand(6)))
+
+def test_one_hot_labels_of_a_small_batch_are_no_pairs():
+    y = F.one_hot(torch.tensor([1,0,3,2]), 4).float()
+    plan = Plan.of(torch.tensor([1,2,3,0]), torch.tensor([.7]))
+    for t in y,torch.eye(4): close(MixLoss(nn.BCEWithLogitsLoss())(torch.zeros(4, 4), t, plan=plan), torch.tensor(2.).log())

@@ -1,7 +1,7 @@
 "Mixing behind hidden layers: where, once, exactly, and for no other batch"
 import pickle
 from copy import deepcopy
-import pytest, torch
+import pytest, torch, torch.nn.functional as F
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.rnn import RNNCallback
 from fastai.losses import CrossEntropyLossFlat
@@ -389,3 +389,50 @@ def test_a_second_call_is_computed_again_as_it_was():
     got,want = (quiet_fit(mk_learn(class_dls(), Body(again), cbs=[ManifoldMixUp(1., layers='a'), Extra(), Gradients()])).gradients.grads for again in (True,False))
     for o in zip(got, want):
         for a,b in zip(*o): assert_close(a, b)
+
+class Aux(nn.Module):
+    "A second output in training"
+    def __init__(self):
+        super().__init__()
+        self.a,self.b,self.drop,self.out,self.aux = nn.Linear(6, 9),nn.Linear(9, 9),nn.Dropout(),nn.Linear(9, 4),nn.Linear(9, 4)
+    def forward(self, x):
+        h = self.drop(self.a(x).relu())
+        p = self.out(self.b(h).relu())
+        return (p,self.aux(h)) if self.training else p
+
+@pytest.mark.parametrize('layer,ok', [('a',True), ('b',False)])
+def test_outputs_that_are_there_in_training_only(layer, ok):
+    def both(p, y): return F.cross_entropy(p[0], y) + F.cross_entropy(p[1], y) if isinstance(p, tuple) else F.cross_entropy(p, y)
+    learn = mk_learn(class_dls(), Aux(), both, cbs=ManifoldMixUp(1., layers=layer))
+    if ok: quiet_fit(learn)
+    else:
+        with pytest.raises(ValueError, match='no way around'): quiet_fit(learn)
+
+def test_a_last_layer_of_zeros_hides_nothing_for_long():
+    model = Wide()
+    for o in (*model.out.parameters(),*model.wide.parameters()): nn.init.zeros_(o)
+    with pytest.raises(ValueError, match='no way around'): quiet_fit(mk_learn(class_dls(), model, cbs=ManifoldMixUp(1., layers='deep')))
+
+class Noisy(nn.Module):
+    "Random in evaluation, too"
+    def __init__(self):
+        super().__init__()
+        self.a,self.b = nn.Linear(6, 9),nn.Linear(9, 4)
+    def forward(self, x):
+        h = self.a(x)
+        return self.b(h+torch.randn_like(h))
+
+class TimesOut(nn.Module):
+    "Times in front in what it returns, and a matrix of the batch"
+    def __init__(self):
+        super().__init__()
+        self.a,self.b = nn.Linear(6, 9),nn.Linear(9, 4*16)
+    def forward(self, x):
+        h = self.a(x)
+        return self.b(h).view(-1, 16, 4).transpose(0, 1),h@h.T
+
+@pytest.mark.parametrize('model,loss_func', [(Noisy(), nn.CrossEntropyLoss()), (TimesOut(), lambda p,y: F.cross_entropy(p[0][0], y))], ids=['random','times'])
+def test_layers_without_a_way_around_are_taken(model, loss_func): quiet_fit(mk_learn(class_dls(), model, loss_func, cbs=ManifoldMixUp(1., layers='a')))
+
+def test_layers_that_get_their_size_from_a_batch():
+    quiet_fit(mk_learn(class_dls(), nn.Sequential(nn.LazyLinear(5), nn.ReLU(), nn.LazyLinear(4)), cbs=ManifoldMixUp(1., layers=['0'])))

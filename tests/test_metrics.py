@@ -286,3 +286,19 @@ def test_a_mixer_of_fastai_is_named():
     "It mixes, and nobody knows how"
     with pytest.raises(ValueError, match='has MixUp of fastai.callback.mixup, which is no mixer of fastmix'):
         train(class_dls(), [MixMetric(accuracy)], FastaiMixUp(), loss_func=CrossEntropyLossFlat())
+
+def test_the_clean_loss_leaves_the_memory_of_a_loss_alone():
+    class Counts(nn.Module):
+        n = 0
+        def forward(self, p, y):
+            self.n += 1
+            return F.cross_entropy(p, y)/self.n
+    f = Counts()
+    train(class_dls(), [CleanLoss()], MixUp(1.), loss_func=f)
+    assert f.n==8   # four batches of training, and four of validation
+
+def test_a_metric_that_fails_on_single_samples():
+    def precision(p, y): return ((p.argmax(1)==1)&(y==1)).sum().item()/(p.argmax(1)==1).sum().item()
+    got,batches,_ = train(class_dls(n=64, bs=32), [MixMetric(precision)], MixUp(1.))
+    want = [sum(w.mean().item()*precision(b['pred'], b['yb'][0][j]) for w,j in zip(b['plan'].sample_weights.T, b['plan'].pairs.T)) for b in batches]
+    assert got['train_mix_precision']==pytest.approx(np.mean(want), abs=1e-5)

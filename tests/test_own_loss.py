@@ -1,5 +1,5 @@
 "Losses of your own: each call is as the first, and one that does not look at its targets is refused"
-import random
+import itertools, random
 from collections import Counter, deque
 from dataclasses import dataclass
 from functools import partial
@@ -92,14 +92,45 @@ class Method:
         self.n += 1
         return F.cross_entropy(p, y)/self.n
 
+def of_list():
+    n = [0]
+    def f(p, y):
+        n[0] += 1
+        return F.cross_entropy(p, y)/n[0]
+    return f
+
+class Holds:
+    def __init__(self, n): self.n = n
+    def __call__(self, p, y):
+        self.n[0] += 1
+        return F.cross_entropy(p, y)/float(self.n[0])
+
+class Nested(nn.Module):
+    "Its memory is in a plain list of modules"
+    def __init__(self):
+        super().__init__()
+        self.parts = [Counts()]
+    def forward(self, p, y): return self.parts[0](p, y)
+
+class Steps:
+    def __init__(self): self.state = dict(step=0)
+    def loss(self, p, y):
+        self.state['step'] += 1
+        return F.cross_entropy(p, y)/self.state['step']
+
+def of_module():
+    f = Counts()
+    return lambda p,y: f(p, y)
+
 def function():
     on_function.n = 0
     return on_function
 
-makes = [Counts, Buffers, function, of_closure, lambda: Method().loss, lambda: partial(of_closure()), lambda: BaseLoss(Counts, flatten=False)]
+makes = dict(attribute=Counts, buffer=Buffers, function=function, closure=of_closure, method=lambda: Method().loss, partial=lambda: partial(of_closure()),
+    fastai=lambda: BaseLoss(Counts, flatten=False), list=of_list, counter=lambda: Holds(Counter({0:0})), array=lambda: Holds(np.zeros(1)),
+    deque=lambda: Holds(deque([0])), module_of_a_lambda=of_module, list_of_modules=Nested, dictionary=lambda: Steps().loss)
 
-@pytest.mark.parametrize('make', makes,
-    ids=['attribute','buffer','function','closure','method','partial','fastai'])
+@pytest.mark.parametrize('make', makes.values(), ids=makes)
 def test_a_memory_moves_on_once_a_batch(make):
     f = make()
     loss = MixLoss(f)
@@ -266,30 +297,24 @@ def test_a_tensor_that_others_hold_stays_the_same():
     for n in 1,2: torch.testing.assert_close(MixLoss(f)(pred, y, plan=swap), 4*n*mixed(ce))
     assert f.bank is bank and bank.equal(torch.full((4,), 2.))
 
-def of_list():
-    n = [0]
-    def f(p, y):
-        n[0] += 1
-        return F.cross_entropy(p, y)/n[0]
-    return f
-
-class Holds:
-    def __init__(self, n): self.n = n
-    def __call__(self, p, y):
-        self.n[0] += 1
-        return F.cross_entropy(p, y)/float(self.n[0])
-
 def of_generator():
     g = torch.Generator().manual_seed(0)
     return lambda p,y: F.cross_entropy(p*(torch.rand(p.shape, generator=g)>.5), y)
 
-def of_module():
-    f = Counts()
-    return lambda p,y: f(p, y)
+def of_iterator():
+    n = itertools.count(1)
+    return lambda p,y: F.cross_entropy(p, y)/next(n)
 
-unseen = [of_list, lambda: Holds(Counter({0:0})), lambda: Holds(np.zeros(1)), lambda: Holds(deque([0])), of_generator, of_module]
+class Slots:
+    __slots__ = 'n',
+    def __init__(self): self.n = 0
+    def __call__(self, p, y):
+        self.n += 1
+        return F.cross_entropy(p, y)/self.n
 
-@pytest.mark.parametrize('make', unseen, ids=['list','counter','array','deque','generator','module of a lambda'])
+unseen = [of_generator, of_iterator, Slots]
+
+@pytest.mark.parametrize('make', unseen, ids=['generator','iterator','slots'])
 def test_a_memory_that_is_not_seen_is_refused(make):
     with pytest.raises(ValueError, match='for the same predictions and targets, so it cannot be called for both.*y_int=False'): MixLoss(make())(pred, y, plan=swap)
 
@@ -356,3 +381,53 @@ def test_a_reduction_that_is_a_property():
 
 def test_what_is_no_tensor():
     with pytest.raises(TypeError, match='must return a tensor to be mixed, but returned a dict'): MixLoss(lambda p,y: dict(loss=F.cross_entropy(p, y)))(pred, y, plan=swap)
+
+class Centres(nn.Module):
+    "Its centres are written in place, and then used"
+    def __init__(self, how):
+        super().__init__()
+        self.register_buffer('c', torch.eye(4))
+        self.how = how
+    def forward(self, p, y):
+        new = self.c.clone().index_put((y,), p.detach())
+        if self.how=='data': self.c.data.copy_(new)
+        elif self.how=='in place': self.c[:] = new
+        else: self.c = new
+        return F.cross_entropy(p@self.c, y)
+
+@pytest.mark.parametrize('how', ['data','in place','new'])
+def test_gradients_of_what_is_written_in_place(how):
+    "Autograd keeps the tensors of each call"
+    p,f = pred.clone().requires_grad_(),Centres(how)
+    got = torch.autograd.grad(MixLoss(f)(p, y, plan=swap), p)[0]
+    q = pred.clone().requires_grad_()
+    want = torch.autograd.grad(.7*Centres('new')(q, y) + .3*Centres('new')(q, y[swap.idx]), q)[0]
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(f.c, torch.eye(4).index_put((y,), pred))
+
+def test_what_is_attached_to_predictions():
+    p = pred.clone().requires_grad_()*1
+    p.aux = p.square().mean()
+    def f(p, y): return F.cross_entropy(p, y) + p.aux
+    torch.testing.assert_close(MixLoss(f)(p, y, plan=swap), mixed(ce) + p.aux)
+
+def test_tensors_that_cannot_be_written():
+    class Weighted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer('w', torch.ones(1).expand(4))
+        def forward(self, p, y): return F.cross_entropy(p, y, weight=self.w)
+    torch.testing.assert_close(MixLoss(Weighted())(pred, y, plan=swap), mixed(ce))
+
+class Head(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm1d(4)
+    def loss(self, p, y): return F.cross_entropy(self.bn(p), y)
+
+@pytest.mark.parametrize('wrap', [lambda h: h.loss, lambda h: lambda p,y: h.loss(p, y), lambda h: partial(lambda p,y,h: h.loss(p, y), h=h)], ids=['method','closure','partial'])
+def test_statistics_move_once_a_batch(wrap):
+    head = Head()
+    learn = mk_learn(class_dls(), None, wrap(head), cbs=MixUp(1.))
+    quiet_fit(learn)
+    assert head.bn.num_batches_tracked==8
