@@ -10,7 +10,9 @@ from __future__ import annotations
 import inspect, random
 from collections import deque
 from copy import copy
+from dataclasses import is_dataclass
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,10 +33,11 @@ _internals = {*vars(nn.Module())} - {'training'}
 def _reach(o, found=None):
     "The modules, functions and containers that a loss is made of, and the objects that it is a method of, each once, by its id"
     found = {} if found is None else found
-    is_part = isinstance(o, (nn.Module,list,tuple,dict,deque,np.ndarray)) or callable(o)
+    is_part = isinstance(o, (nn.Module,SimpleNamespace,list,tuple,dict,deque,np.ndarray)) or callable(o) or is_dataclass(o)
     if id(o) in found or isinstance(o, (type,Learner)) or not is_part: return found
     found[id(o)] = o
-    if isinstance(o, nn.Module): inner = [*o.children(), *(v for k,v in vars(o).items() if k not in _internals)]
+    if isinstance(o, nn.Module):
+        inner = [*o.children(), *o._forward_hooks.values(), *o._forward_pre_hooks.values(), *(v for k,v in vars(o).items() if k not in _internals)]
     elif isinstance(o, partial): inner = [o.func, *o.args, o.keywords]
     elif inspect.isfunction(o): inner = [c.cell_contents for c in o.__closure__ or () if _is_full(c)]
     elif inspect.ismethod(o): inner = [o.__func__, *([o.__self__] if isinstance(o.__self__, nn.Module) else vars(o.__self__).values())]
@@ -47,7 +50,6 @@ def _is_full(cell):
     try: return cell.cell_contents is not cell
     except ValueError: return False
 
-# %% ../nbs/06a_own_loss.ipynb #dd216b53
 def _refill(o, values):
     "Put `values` back into the container `o`"
     if isinstance(o, np.ndarray): o[...] = values
@@ -56,10 +58,12 @@ def _refill(o, values):
         o.clear()
         o.update(values) if isinstance(o, dict) else o.extend(values)
 
+# %% ../nbs/06a_own_loss.ipynb #dd216b53
 class LossState:
     "What a loss remembers from call to call, and the state of random generators"
     def __init__(self,
-        loss_func, # Loss, as a fastai `Learner` takes it
+        loss_func, # Loss, as a fastai `Learner` takes it, or a model
+        frozen:bool=True, # Refuse one that writes into its parameters?
     ):
         objects = [o for o in _reach(loss_func).values() if not isinstance(o, scripted)]
         owners = [o for f in objects for o in (f, getattr(f, '__self__', None) if inspect.ismethod(f) else None) if isinstance(getattr(o, '__dict__', None), dict)]
@@ -68,8 +72,10 @@ class LossState:
         self.cells = [(c, c.cell_contents) for f in objects for c in getattr(f, '__closure__', None) or () if _is_full(c)]
         self.containers = [(o, copy(o)) for o in objects if isinstance(o, (list,dict,deque)) or isinstance(o, np.ndarray) and o.flags.writeable]
         held = [v for _,d in self.attrs for v in d.values()] + [v for _,v in self.cells]
-        self.tensors = {id(v): v for v in held if isinstance(v, Tensor) and not v.requires_grad}
-        self.params = [(p, p._version) for o in owners if isinstance(o, nn.Module) for p in o._parameters.values() if p is not None and not is_lazy(p)]
+        held += [v for o,_ in self.containers if not isinstance(o, np.ndarray) for v in (o.values() if isinstance(o, dict) else o)]
+        self.tensors = {id(v): v for v in held if isinstance(v, Tensor) and not v.requires_grad and v.layout is torch.strided and not is_lazy(v)}
+        params = [p for o in owners if isinstance(o, nn.Module) for p in o._parameters.values() if p is not None and not is_lazy(p)]
+        self.params = [(p, p._version) for p in params if frozen]
         self.cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
         self.random = torch.get_rng_state(),np.random.get_state(),random.getstate()
 
@@ -88,17 +94,24 @@ class LossState:
         if any(p._version!=version for p,version in self.params): raise ValueError(
             'The loss writes into its parameters, which would be done for each target of a mixture: have a callback do it, once a batch')
         self.reset()
-        self.lent = {i: v.clone() for i,v in self.tensors.items()}
-        for d,attrs in self.attrs: d.update({k: self.lent[id(v)] for k,v in attrs.items() if id(v) in self.tensors})
-        for c,value in self.cells: c.cell_contents = self.lent.get(id(value), value)
+        self.lent = {i: v.clone() for i,v in self.tensors.items() if id(v._base) not in self.tensors}
+        for i,v in self.tensors.items():   # a view stays one
+            if i not in self.lent: self.lent[i] = self.lent[id(v._base)].as_strided(v.shape, v.stride(), v.storage_offset()-v._base.storage_offset())
+        self._exchange(self.lent)
+
+    def _exchange(self, new):
+        "Put other tensors in place of those whose ids `new` has"
+        for d,_ in self.attrs: d.update({k: new[id(v)] for k,v in d.items() if id(v) in new})
+        for c,_ in self.cells: c.cell_contents = new.get(id(c.cell_contents), c.cell_contents)
+        for o,_ in self.containers:
+            if isinstance(o, dict): o.update({k: new[id(v)] for k,v in o.items() if id(v) in new})
+            elif not isinstance(o, np.ndarray) and any(id(v) in new for v in o): _refill(o, [new.get(id(v), v) for v in o])
 
     def keep(self):
         "What the last call has written goes into the tensors that others may hold"
-        back = {id(self.lent[i]): v for i,v in self.tensors.items()}
         for i,v in self.tensors.items():
-            if not self.lent[i].equal(v): v.data.copy_(self.lent[i])
-        for d,attrs in self.attrs: d.update({k: back[id(o)] for k,o in d.items() if id(o) in back})
-        for c,_ in self.cells: c.cell_contents = back.get(id(c.cell_contents), c.cell_contents)
+            if id(v._base) not in self.tensors and not self.lent[i].equal(v): v.data.copy_(self.lent[i])
+        self._exchange({id(self.lent[i]): v for i,v in self.tensors.items()})
 
 # %% ../nbs/06a_own_loss.ipynb #fbe62281
 def _clone(o):
@@ -140,8 +153,8 @@ def _value_and_gradient(u, pred):
 def _looks_at_targets(calls, f, u, yb):
     "Do other targets change what the loss returns, or its gradient?"
     want = _value_and_gradient(u, calls.pred)
-    for v in 0,1,-1:
-        if v<0 and not all(y.is_floating_point() for y in yb): continue
+    numbers,p = all(y.is_floating_point() for y in yb),calls.pred
+    for v in (0,1,-1) if numbers else range(min(p.shape[1], 100) if isinstance(p, Tensor) and p.ndim>1 and p.shape[1]>1 else 2):
         try: got = _value_and_gradient(calls(f, tuple(torch.full_like(y, v) for y in yb)), calls.pred)
         except Exception: return True   # it looked, and did not like them
         if not all(map(torch.equal, want, got)): return True

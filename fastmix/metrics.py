@@ -65,9 +65,9 @@ class _WithTargets(GetAttr):
 
 def _values(func, pred, yb):
     "The metric of each sample (bs,), if their mean is that of the batch; else that of the batch ()"
-    def value(rows): return torch.as_tensor(func(*map_tensors(lambda o: o[rows], (pred,*yb)))).detach().cpu()
-    whole = value(slice(None))
-    try: each = torch.stack([value(slice(i, i+1)) for i in range(find_bs(yb))])
+    bs,whole = find_bs(yb),torch.as_tensor(func(pred, *yb)).detach().cpu()
+    def value(i): return torch.as_tensor(func(*map_tensors(lambda o: o[i:i+1] if o.ndim and len(o)==bs else o, (pred,*yb)))).detach().cpu()
+    try: each = torch.stack(list(map(value, range(bs))))
     except Exception: return whole   # it is none of single samples
     return each if each.ndim==1 and torch.allclose(each.double().mean(), whole.double(), rtol=1e-5) else whole
 
@@ -89,7 +89,7 @@ def _evaluating(learn):
     modes = [(m,m.training) for m in learn.model.modules()]
     try:
         learn.training = False
-        learn.model.eval()
+        for m,_ in modes: m.training = False   # without what a model does in `eval()`
         with torch.no_grad(): yield
     finally:
         for m,mode in modes: m.training = mode

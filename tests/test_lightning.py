@@ -732,3 +732,11 @@ def test_a_layer_with_a_way_around_it():
             return super().mk_model()
         def forward(self, x): return self.model(x) + self.wide(x.flatten(1))
     with pytest.raises(ValueError, match='no way around'): fit(Wide(), ManifoldMixUp(1., layers='model.2'))
+
+def test_a_module_whose_step_reshapes_its_inputs():
+    class Flat(Digits):
+        def mk_model(self): return nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+        def training_step(self, batch, batch_idx):
+            x,y = self.shape.take(batch)
+            return self.loss_func(self.model(x.flatten(1)), y)
+    with pytest.raises(RuntimeError, match='did not reach its layer'): fit(Flat(), ManifoldMixUp(1., layers='model.0'))

@@ -436,3 +436,20 @@ def test_layers_without_a_way_around_are_taken(model, loss_func): quiet_fit(mk_l
 
 def test_layers_that_get_their_size_from_a_batch():
     quiet_fit(mk_learn(class_dls(), nn.Sequential(nn.LazyLinear(5), nn.ReLU(), nn.LazyLinear(4)), cbs=ManifoldMixUp(1., layers=['0'])))
+
+def test_looking_for_a_way_around_sets_modes_only():
+    class Merges(nn.Linear):
+        merged = False
+        def train(self, mode=True):
+            self.merged = not mode
+            return super().train(mode)
+    model = nn.Sequential(Merges(6, 9), nn.ReLU(), nn.Linear(9, 4))
+    class Look(Callback):
+        run_valid = False
+        def after_pred(self): assert not model[0].merged
+    quiet_fit(mk_learn(class_dls(), model, cbs=[ManifoldMixUp(1., layers='0'), Look()]))
+
+def test_noise_before_a_layer():
+    class Noise(nn.Module):
+        def forward(self, x): return x + .1*torch.randn_like(x)
+    quiet_fit(mk_learn(class_dls(), nn.Sequential(Noise(), nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 4)), cbs=ManifoldMixUp(1., layers='2')))

@@ -302,3 +302,29 @@ def test_a_metric_that_fails_on_single_samples():
     got,batches,_ = train(class_dls(n=64, bs=32), [MixMetric(precision)], MixUp(1.))
     want = [sum(w.mean().item()*precision(b['pred'], b['yb'][0][j]) for w,j in zip(b['plan'].sample_weights.T, b['plan'].pairs.T)) for b in batches]
     assert got['train_mix_precision']==pytest.approx(np.mean(want), abs=1e-5)
+
+def test_predictions_that_hold_a_number_of_the_batch():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(6, 4)
+        def forward(self, x): return (o := self.lin(x)),o.square().mean()
+    def first_accuracy(p, y): return accuracy(p[0], y)
+    def loss_func(p, y, reduction='mean'): return F.cross_entropy(p[0], y, reduction=reduction) + .1*p[1]
+    got,batches,_ = train(class_dls(), [MixMetric(first_accuracy)], MixUp(1., per_batch=True), Two(), loss_func)
+    assert got['train_mix_first_accuracy']==mean_accuracy(batches, 32, lambda pred: pred[0])
+
+class Merges(nn.Linear):
+    "Does something when it is told to evaluate"
+    merged = False
+    def train(self, mode=True):
+        self.merged = not mode
+        return super().train(mode)
+
+def test_the_clean_loss_sets_modes_only():
+    model = Merges(6, 4)
+    class Look(Callback):
+        run_valid = False
+        def before_batch(self): assert not model.merged
+        def after_batch(self): assert not model.merged
+    train(class_dls(), [CleanLoss()], MixUp(1.), model, cbs=[Look()])

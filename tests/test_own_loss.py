@@ -431,3 +431,56 @@ def test_statistics_move_once_a_batch(wrap):
     learn = mk_learn(class_dls(), None, wrap(head), cbs=MixUp(1.))
     quiet_fit(learn)
     assert head.bn.num_batches_tracked==8
+
+class Stats(nn.Module):
+    def __init__(self, make):
+        super().__init__()
+        self.stats = make()
+    def forward(self, p, y):
+        n = next(iter(self.stats.values())) if isinstance(self.stats, dict) else self.stats[0]
+        n.add_(1)
+        return F.cross_entropy(p, y)/n.sum()
+
+@pytest.mark.parametrize('make', [lambda: dict(n=torch.zeros(1)), lambda: [torch.zeros(1)], lambda: deque([torch.zeros(1)])], ids=['dict','list','deque'])
+def test_tensors_in_containers(make):
+    f = Stats(make)
+    held = next(iter(f.stats.values())) if isinstance(f.stats, dict) else f.stats[0]
+    for n in 1,2: torch.testing.assert_close(MixLoss(f)(pred, y, plan=swap), mixed(ce)/n)
+    assert held==2 and (held is (f.stats['n'] if isinstance(f.stats, dict) else f.stats[0]))
+
+def test_a_view_of_a_buffer_stays_one():
+    class View(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer('q', torch.zeros(4))
+            self.head = self.q[1:3]
+        def forward(self, p, y):
+            self.head.add_(1)
+            return F.cross_entropy(p, y)*self.q.sum()
+    f = View()
+    for n in 1,2: torch.testing.assert_close(MixLoss(f)(pred, y, plan=swap), 2*n*mixed(ce))
+    assert f.q.tolist()==[0,2,2,0] and f.head.tolist()==[2,2] and f.head._base is f.q
+
+def test_buffers_that_are_sparse():
+    class Sparse(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer('a', torch.eye(4).to_sparse())
+        def forward(self, p, y): return F.cross_entropy((self.a@p.T).T, y)
+    torch.testing.assert_close(MixLoss(Sparse())(pred, y, plan=swap), mixed(ce))
+
+def test_a_class_that_is_not_in_every_batch():
+    def rare(p, y): return F.binary_cross_entropy_with_logits(p[:,0], (y==3).float())
+    t = torch.tensor([0,1,2,0,1,2])
+    torch.testing.assert_close(MixLoss(rare)(pred.clone().requires_grad_(), t, plan=swap), rare(pred, t))
+
+def test_hooks_and_records():
+    seen,state = [],SimpleNamespace(n=0)
+    def f(p, y):
+        state.n += 1
+        return F.cross_entropy(p, y)/state.n
+    for n in 1,2: torch.testing.assert_close(MixLoss(f)(pred, y, plan=swap), mixed(ce)/n)
+    hooked = Counts()
+    hooked.register_forward_hook(lambda m,a,o: seen.append(o.item()))
+    MixLoss(hooked)(pred, y, plan=swap)
+    assert state.n==2 and len(seen)==1
