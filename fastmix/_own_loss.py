@@ -133,6 +133,10 @@ class LossCalls:
         "From now on, each call finds what there is now"
         self.state = LossState(self.loss_func) if self.is_own else None
 
+    def __enter__(self): return self
+    def __exit__(self, error, *_):   # after one, Ctrl-C too, the loss is as it was
+        if error and self.state: self.state.reset()
+
     def __call__(self,
         f, # The loss, or the same left unreduced
         yb:tuple, # Targets, each (bs, ...)
@@ -205,14 +209,16 @@ def call_for_each(
 ) -> list: # What `f` returns for each of them
     "A loss for each target of a mixture; a `ValueError` where it is not a function of predictions and targets"
     if not calls.is_own: return [calls(f, yb) for yb in ybs]
-    first,*others = [calls(f, yb) for yb in ybs]
-    check_depends(calls, f, [first,*others], ybs)
-    last = calls(f, ybs[0])
+    with calls:
+        first,*others = [calls(f, yb) for yb in ybs]
+        check_depends(calls, f, [first,*others], ybs)
+        last = calls(f, ybs[0])
+        if first.shape!=last.shape or not torch.allclose(first, last, rtol=1e-4, equal_nan=True): raise ValueError(
+            f'{calls.loss_func} returns {last.mean().item():.6g} where it returned {first.mean().item():.6g} before, for the same predictions and targets, '
+            'so it cannot be called for both targets of a mixture: let it keep what it remembers in attributes or buffers, and draw from the global generators, '
+            'or pass the mixer y_int=False, which calls it once')
     calls.state.keep()
-    if first.shape==last.shape and torch.allclose(first, last, rtol=1e-4, equal_nan=True): return [last,*others]
-    raise ValueError(f'{calls.loss_func} returns {last.mean().item():.6g} where it returned {first.mean().item():.6g} before, for the same predictions and targets, '
-        'so it cannot be called for both targets of a mixture: let it keep what it remembers in attributes or buffers, and draw from the global generators, '
-        'or pass the mixer y_int=False, which calls it once')
+    return [last,*others]
 
 def mix_values(
     calls:LossCalls, # Of the loss
@@ -240,12 +246,12 @@ def check_separable(
     if not calls.is_own or len(weights)==1: return
     (bs,k),loss_func = weights.shape,calls.loss_func
     rows,calls = torch.arange(bs, device=weights.device),LossCalls(loss_func, _as_single(calls.pred))
-    want = calls(loss_func, tuple(torch.stack(ys)[rows%k,rows] for ys in zip(*ybs))).detach()
+    with calls: want = calls(loss_func, tuple(torch.stack(ys)[rows%k,rows] for ys in zip(*ybs))).detach()
     calls.state.reset()
     if not is_separable(loss_func): return   # an error of `mix_values`
     with NoneReduce(loss_func) as f:
         calls.remember()
-        us = [calls(f, yb).detach() for yb in ybs]
+        with calls: us = [calls(f, yb).detach() for yb in ybs]
         calls.state.reset()
     got = _reduce(loss_func, us, F.one_hot(rows%k, k))
     if not torch.allclose(got, want.to(got.dtype), rtol=torch.finfo(want.dtype).eps**.5, equal_nan=True): raise ValueError(

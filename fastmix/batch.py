@@ -39,15 +39,11 @@ def check_batch(
             'so it cannot be mixed with its partner')
 
 # %% ../nbs/08a_batch.ipynb #8ba090e3
-def _types(o):
-    if isinstance(o, dict): o = [*o, *o.values()]
-    return [t for v in o for t in _types(v)] if isinstance(o, (list,tuple)) else [o]
-
 def check_types(
     dl, # That is trained on
 ):
     "A `TypeError` where items hold bounding boxes"
-    if any(isinstance(t, type) and issubclass(t, (TensorBBox,BoundingBoxes)) for t in _types(getattr(dl, '_types', None) or [])): raise TypeError(_no_boxes)
+    if any(isinstance(t, type) and issubclass(t, (TensorBBox,BoundingBoxes)) for t in tensors_in(getattr(dl, '_types', None))): raise TypeError(_no_boxes)
     with no_random():
         try: item = dl.dataset[0]
         except Exception: return   # no list of items, or one that is read in another way

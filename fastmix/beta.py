@@ -52,12 +52,11 @@ class RegionMix(BetaMix):
     @delegates(BetaMix)
     def __init__(self,
         alpha:float, # The region covers about the fraction 1-λ, with λ from Beta(`alpha`,`alpha`); 0 is off
-        per_batch:bool=False, # One λ for the whole batch instead of one per sample?
-        fold:bool=False, # Replace λ by max(λ, 1-λ)?
+        *args,
         spatial_dims:int=None, # How many of the last dimensions are places; by default all after the channels
         **kwargs # For `BetaMix`
     ):
-        super().__init__(alpha, per_batch, fold, **kwargs)
+        super().__init__(alpha, *args, **kwargs)
         self.spatial_dims = check_spatial_dims(spatial_dims)
 
     def region(self,

@@ -181,21 +181,24 @@ def soft_loss(
     "The loss on one-hot, mixed targets; a `ValueError` where `loss_func` takes none, or treats them as others than the classes that they stand for"
     if class_loss(loss_func): return mix_losses(loss_func, plan, pred, yb)   # linear in its target, so this is the same
     if len(yb)>1: raise ValueError(f'soft=True is for one target, but {loss_func} takes {len(yb)}: mix its losses, soft=False')
-    calls,own = LossCalls(loss_func, pred),plan.unmixed(yb[0])
+    with LossCalls(loss_func, pred) as calls: res = _soft_value(calls, plan, yb[0])
+    if calls.is_own: calls.state.keep()
+    return res
+
+def _soft_value(calls, plan, y):
+    loss_func,pred,own = calls.loss_func,calls.pred,plan.unmixed(y)
     def loss(y, what):
         try: return calls(loss_func, (y,))
         except (TypeError,ValueError,RuntimeError,IndexError) as e: raise ValueError(f'{loss_func} does not take {what} as targets: mix its losses, soft=False') from e
     def soft(plan, y): return loss(soft_targets(plan, y.view(-1) if y.numel()==len(y) else y, pred.shape[1], loss_option(loss_func, 'ignore_index')), 'probabilities')
-    parts = [(y,) for y in plan.gather(yb[0]).unbind(1)]
-    us = [loss(y, 'classes, as a validation set has them,') for y, in parts]
+    parts = [(o,) for o in plan.gather(y).unbind(1)]
+    us = [loss(o, 'classes, as a validation set has them,') for o, in parts]
     if calls.is_own: check_depends(calls, loss_func, us, parts)
     with torch.no_grad(): want,got = loss(own, 'classes'),soft(unmixed_plan(len(own)).to(own.device), own)
     if want.shape!=got.shape or not torch.allclose(got, want.to(got.dtype), rtol=1e-3, equal_nan=True): raise ValueError(
         f'{loss_func} returns {want.mean().item():.6g} for classes, but {got.mean().item():.6g} for the same classes as probabilities, '
         'so training and validation would have different losses: mix its losses, soft=False')
-    res = soft(plan, yb[0])
-    if calls.is_own: calls.state.keep()
-    return res
+    return soft(plan, y)
 
 # %% ../nbs/07_losses.ipynb #7d8c5118
 class ClassBCELoss(nn.Module):

@@ -23,7 +23,7 @@ from .mixers import *
 from .plan import *
 
 # %% auto #0
-__all__ = ['stages', 'find_layers', 'check_not_compiled', 'LayerPlan', 'HiddenLayer', 'check_layer', 'ManifoldMixUp']
+__all__ = ['stages', 'find_layers', 'check_not_compiled', 'LayerPlan', 'HiddenLayer', 'has_way_around', 'ManifoldMixUp']
 
 # %% ../nbs/11_manifold.ipynb #c61794c2
 def _is_sequence(m): return type(m).forward is nn.Sequential.forward   # and no subclass that does something else
@@ -175,25 +175,24 @@ def _permuted(model, layer, xb, training):
         finally: hook.remove()
     return (plain,want,got) if calls==[None] else None   # what is wrong with it is said in the batch itself
 
-def check_layer(
+def has_way_around(
     model:nn.Module, # As a `Learner` has it
     layer:str, # Name of a layer
     xb:tuple, # Inputs
-) -> bool: # False where it does not show, as with a last layer of zeros
-    "A `ValueError` if `layer` is not all that leads from the inputs to the predictions"
-    if any(map(is_lazy, model.parameters())): return False
+) -> bool: # None where it does not show, as with a last layer of zeros
+    "Does something lead from the inputs to the predictions without going through `layer`?"
+    if any(map(is_lazy, model.parameters())): return None
     with _predicting(model, True) as predict: n = len(predict(xb))
     shows = False
     for training in False,True:
         found = _permuted(model, layer, xb, training)
-        if found is None: return True
+        if found is None: return False
         for p,want,got in zip(*found):
             differ = (want-p).abs().max() if p.numel() else 0
-            if differ and (got-want).abs().max() > .01*differ: raise ValueError(
-                f'Not all that the predictions depend on goes through the layer {layer}, so a batch would be mixed in part: name layers that have no way around them')
+            if differ and (got-want).abs().max() > .01*differ: return True
             shows = shows or bool(differ)
         if len(found[0])==n: break
-    return shows
+    return False if shows else None
 
 # %% ../nbs/11_manifold.ipynb #f80e1e1a
 class ManifoldMixUp(MixUp):
@@ -228,12 +227,14 @@ class ManifoldMixUp(MixUp):
         return HiddenLayer(plan, xs, model)
 
     def check_layer(self, plan, xs, model):
-        "`check_layer`, once a fit, on a learner; elsewhere for models that are called with the inputs of a batch"
-        try: shows = check_layer(model, plan.layer, self.learn.xb if self.learn else tuple(x[:len(plan.pairs)] for x in xs))
-        except Exception as e:
-            if self.learn or isinstance(e, ValueError) and 'no way around' in str(e): raise
-            shows = True   # a module of Lightning that has no `forward` of these inputs
-        if shows: self.checked = self.checked | {plan.layer}
+        "A `ValueError` if the layer has a way around it: tried once a fit, where the model can be called with the inputs of a batch"
+        try: around = has_way_around(model, plan.layer, self.learn.xb if self.learn else tuple(x[:len(plan.pairs)] for x in xs))
+        except Exception:
+            if self.learn: raise
+            around = False   # a module of Lightning that has no `forward` of these inputs
+        if around: raise ValueError(f'Not all that the predictions depend on goes through the layer {plan.layer}, '
+            'so a batch would be mixed in part: name layers that have no way around them')
+        if around is False: self.checked = self.checked | {plan.layer}
 
     @property
     def layer(self) -> str: # None between trainings

@@ -484,3 +484,32 @@ def test_hooks_and_records():
     hooked.register_forward_hook(lambda m,a,o: seen.append(o.item()))
     MixLoss(hooked)(pred, y, plan=swap)
     assert state.n==2 and len(seen)==1
+
+class Stops(nn.Module):
+    "Is interrupted, or fails, in its second call"
+    def __init__(self, error):
+        super().__init__()
+        self.register_buffer('c', torch.zeros(4))
+        self.error,self.log,self.n = error,[],0
+    def forward(self, p, y, reduction='mean'):
+        self.n += 1
+        self.c += 1
+        self.log.append(self.n)
+        if self.error and not y.equal(globals()['y']): raise self.error
+        return F.cross_entropy(p, y, reduction=reduction) if self.error else p.sum()*0 + 1
+
+@pytest.mark.parametrize('plan', [swap, sides], ids=['one λ','λ per sample'])
+@pytest.mark.parametrize('error', [KeyboardInterrupt(), RuntimeError('no memory'), None], ids=['interrupted','failed','refused'])
+def test_a_loss_is_as_it_was_after_an_error(error, plan):
+    "With the very tensors and lists that it had"
+    f = Stops(error)
+    c,log = f.c,f.log
+    with pytest.raises((KeyboardInterrupt,RuntimeError,ValueError)): MixLoss(f)(pred.clone().requires_grad_(), y, plan=plan)
+    assert f.c is c and f.log is log and not c.any() and not log and f.n==0
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt(), RuntimeError('no memory')], ids=['interrupted','failed'])
+def test_a_loss_of_probabilities_is_as_it_was_after_an_error(error):
+    f = Stops(error)
+    c = f.c
+    with pytest.raises((KeyboardInterrupt,ValueError)): MixLoss(f, soft=True)(pred, y, plan=swap)
+    assert f.c is c and not c.any() and f.n==0
