@@ -172,9 +172,10 @@ def mix_batch(self:MixHandler,
     loss_func, # Loss, as a fastai `Learner` takes it
     model:nn.Module=None, # That looks up integers, or whose layers mix
     pct:float=0., # Fraction of the training that is done, 0 to 1
+    in_order:bool=False, # Must row i stay sample i, since something else of the batch is not mixed?
 ) -> MixedBatch:
     "Mix a batch, for any engine: nothing but the result changes"
-    plan,target_plan,xs,ys = self.draw_batch(tuple(tensors_in(xb)), tuple(yb), loss_func, model, pct)
+    plan,target_plan,xs,ys = self.draw_batch(tuple(tensors_in(xb)), tuple(yb), loss_func, model, pct, in_order)
     loss = MixLoss(loss_func, target_plan, ys, self.y_int, self.soft)
     return MixedBatch(xb, yb, xs, ys, plan, target_plan, self.mix_inputs(plan, xs, model, ys), loss)
 
@@ -185,13 +186,14 @@ def draw_batch(self:MixHandler,
     loss_func=None, # Loss, as a fastai `Learner` takes it
     model:nn.Module=None, # That looks up integers
     pct:float=0., # Fraction of the training that is done, 0 to 1
+    in_order:bool=False, # Must row i stay sample i, since something else of the batch is not mixed?
 ) -> tuple: # Plan for the inputs, plan for the targets; inputs and targets, each (n, ...), with those of samples that are partners only
     "Draw the plan for a batch, with partners of a second loader where there is one"
     check_batch(xs, ys)
     bs = len(xs[0])
     if self.partners is not None and self.second_loader: xs,ys = self.partners.append_partners(xs, ys)
     plan = self.draw(xs, self.numbers(loss_func, ys) if callable(self.partners) else ys, pct=pct, per_batch=self.needs_one_lam(loss_func, ys), bs=bs)
-    plan = self.adapt_plan(plan, xs, model)
+    plan = self.adapt_plan(plan, xs, model, in_order)
     if {*map(len, ys)} <= {len(xs[0])}: return plan,plan,xs,ys
     if not self.fold: raise ValueError('Partners without targets leave each sample its own, which must then have the larger weight: mix with fold=True')
     return plan,plan.without_partner_targets(ys),xs,ys
@@ -212,9 +214,10 @@ def adapt_plan(self:MixHandler,
     plan:Plan, # How the batch is mixed
     xs:tuple, # Inputs, each (n, ...)
     model:nn.Module=None, # That looks up integers
+    in_order:bool=False, # Must row i stay sample i?
 ) -> Plan: # For the same mixtures
     "Put texts with little padding before those with much"
-    return sort_by_padding(plan, xs, model)
+    return plan if in_order else sort_by_padding(plan, xs, model)
 
 # %% ../nbs/09_handler.ipynb #957f9fb8
 @patch

@@ -137,7 +137,8 @@ def mixed_step(self:Mixing,
     "`step`, with a mixed batch and its loss"
     if self.record: self.record.close()   # where an optimizer computes a step twice
     owner,name = _find_loss(module, self.loss)
-    self.record = record = self.mix(trainer, module, self.keys.take(batch), getattr(owner, name))
+    b = self.keys.take(batch)
+    self.record = record = self.mix(trainer, module, b, getattr(owner, name), len(tensors_in(batch))>len(tensors_in(b)))
     try:
         with _shadowed(owner, name, record.loss), _backwards(module) as trained:
             res = step(self.keys.replace(batch, record.mixed_xb, record.loss.yb), *args, **kwargs)
@@ -155,12 +156,13 @@ def mix(self:Mixing,
     module:pl.LightningModule, # Whose loss it is
     b:tuple, # Inputs and targets, two tuples
     loss_func, # The module's own
+    in_order:bool=False, # Must row i stay sample i, since the batch holds more than `b`?
 ) -> MixedBatch:
     "Mix a batch by its number"
     pct = _fraction_done(trainer) or 0.
     self.mixer.set_rng(np.random.default_rng([self.seed, trainer.global_rank, trainer.fit_loop.total_batch_idx]))
     self.scheduled = self.mixer.hyper_parameters(pct)
-    return self.mixer.mix_batch(*b, loss_func, module, pct)
+    return self.mixer.mix_batch(*b, loss_func, module, pct, in_order)
 
 # %% ../nbs/18_lightning.ipynb #aa06cd4c
 def _as_loaded(trainer, keys, batch):

@@ -261,6 +261,8 @@ def mix_targets(
     return tuple([y if m else _mix_target(f, plan, y) for f,y,m in zip(losses, yb, mixed)]),mixed
 
 # %% ../nbs/07_losses.ipynb #65dcacf9
+def _version(o): return None if o.is_inference() else o._version   # how often a tensor was written to
+
 class MixLoss(nn.Module):
     "`loss_func`, mixed for the batch that it was made for, or by `plan=`; in all else `loss_func` itself. It never changes"
     _attrs = {'loss_func','inner','plan','targets','mixed','yb','soft','calls','results','training'}
@@ -276,13 +278,22 @@ class MixLoss(nn.Module):
         vars(self).update(plan=plan, soft=soft, calls=[], results=[], _y_int=y_int, _check=check)
         if plan is None: self.loss_func,self.inner = loss_func,_modules_in(*loss_layers(loss_func)[1:])   # what is in fastai's losses, to move and save it
         else:
-            targets,mixed = mix_targets(loss_func, plan, targets, y_int, soft)
+            came = targets
+            targets,mixed = mix_targets(loss_func, plan, came, y_int, soft)
             yb = tuple([plan.unmixed(y) if m else y for y,m in zip(targets, mixed)])   # to call it with
-            vars(self).update(loss_func=loss_func, targets=targets, mixed=mixed, yb=yb)
+            copies = [(y,_version(y)) for y,o in zip(yb, came) if y is not o]
+            vars(self).update(loss_func=loss_func, targets=targets, mixed=mixed, yb=yb, _copies=copies)
 
     def is_for(self, yb):
         "Are `yb` the targets that this loss was made for, the same objects?"
         return self.plan is not None and [*map(id, yb)]==[*map(id, self.yb)]
+
+    def _unchanged_targets(self):
+        "`targets`; an error if a copy among `yb` was written to, since partners would keep the old targets"
+        if any(_version(y)!=v for y,v in self._copies): raise RuntimeError(
+            'The targets of this batch were changed in place after it was mixed, and those of the partners were not: '
+            'change them earlier, in the data set or as they come from the loader, or in the loss')
+        return self.targets
 
     def __repr__(self): return f'MixLoss({self.loss_func})'
     def __getattr__(self, name): return super().__getattr__(name) if name in MixLoss._attrs else getattr(self.loss_func, name)
@@ -309,7 +320,7 @@ def forward(self:MixLoss,
     if self.plan is not None: self.calls.append(yb)
     if plan is _unsaid: plan = _remind(pred) if self.plan is None else None
     if plan is not None: targets,mixed = mix_targets(loss_func, plan, yb, self._y_int, self.soft)
-    elif self.is_for(yb): plan,targets,mixed = self.plan,self.targets,self.mixed
+    elif self.is_for(yb): plan,targets,mixed = self.plan,self._unchanged_targets(),self.mixed
     else: return loss_func(pred, *yb)
     if not any(mixed): return loss_func(pred, *targets)
     for name,o in kwargs.items(): _check_keyword(name, o, pred, len(yb[0]))

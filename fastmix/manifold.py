@@ -214,11 +214,11 @@ class ManifoldMixUp(MixUp):
         self.checked = {'input'}
         super().before_fit()
 
-    def adapt_plan(self, plan, xs, model=None):
+    def adapt_plan(self, plan, xs, model=None, in_order=False):
         names = ['input'] if model is None else find_layers(get_model(model), self.layers)
         if self.layers is None and all(x.is_floating_point() for x in xs): names = ['input',*names]
         layer = names[int(self.rng.integers(len(names)))]
-        return LayerPlan(super().adapt_plan(plan, xs, model) if layer=='input' else plan, layer)
+        return LayerPlan(super().adapt_plan(plan, xs, model, in_order) if layer=='input' else plan, layer)
 
     def mix_inputs(self, plan, xs, model=None, ys=()):
         if plan.layer=='input': return super().mix_inputs(plan, xs, model, ys)

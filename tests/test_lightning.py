@@ -740,3 +740,40 @@ def test_a_module_whose_step_reshapes_its_inputs():
             x,y = self.shape.take(batch)
             return self.loss_func(self.model(x.flatten(1)), y)
     with pytest.raises(RuntimeError, match='did not reach its layer'): fit(Flat(), ManifoldMixUp(1., layers='model.0'))
+
+class Texts(pl.LightningModule):
+    "Texts padded with 0, and what belongs to their rows; `change` writes to the labels"
+    def __init__(self, change=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.emb,self.lin,self.loss_func,self.change,self.seen = nn.Embedding(30, 8, padding_idx=0),nn.Linear(8, 4),nn.CrossEntropyLoss(),change,[]
+    def configure_optimizers(self): return torch.optim.SGD(self.parameters(), lr=0.)
+    def training_step(self, batch, batch_idx):
+        ids,*others,y = batch
+        if self.change: self.change(y)
+        self.seen.append((others, self.trainer.callbacks[0].record))
+        return self.loss_func(self.lin(self.emb(ids).mean(1)), y)
+
+def texts(n=16, length=7):
+    lengths,ids = torch.randint(2, length+1, (n,)),torch.randint(1, 30, (n,length))
+    return ids.where(torch.arange(length)<lengths[:,None], 0),lengths,torch.randint(0, 4, (n,))
+
+def fit_texts(module, mixing, *columns):
+    pl.Trainer(max_epochs=1, accelerator='cpu', logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[mixing]).fit(module, DataLoader(torch.utils.data.TensorDataset(*columns), batch_size=8))
+
+def test_rows_of_texts_stay_beside_what_is_not_mixed():
+    "Texts are sorted by their length only where all of the batch is"
+    ids,lengths,y = texts()
+    module = Texts()
+    fit_texts(module, Mixing(MixUp(.4), x=0, y=2), ids, lengths, y)
+    for i,((beside,),record) in enumerate(module.seen):
+        assert beside.tolist()==lengths[8*i:8*i+8].tolist() and record.plan.pairs[:,0].tolist()==list(range(8))
+    module = Texts()
+    fit_texts(module, Mixing(MixUp(.4)), ids, y)
+    assert any(record.plan.pairs[:,0].tolist()!=list(range(8)) for _,record in module.seen)
+
+def test_targets_changed_in_place_after_mixing():
+    "Where the loss has a sorted copy of them, the partners' targets would not follow"
+    ids,_,y = texts()
+    with pytest.raises(RuntimeError, match='changed in place after it was mixed'): fit_texts(Texts(lambda y: y.clamp_(max=1)), Mixing(MixUp(.4)), ids, y)

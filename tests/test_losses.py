@@ -712,3 +712,18 @@ def test_one_hot_labels_of_a_small_batch_are_no_pairs():
     y = F.one_hot(torch.tensor([1,0,3,2]), 4).float()
     plan = Plan.of(torch.tensor([1,2,3,0]), torch.tensor([.7]))
     for t in y,torch.eye(4): close(MixLoss(nn.BCEWithLogitsLoss())(torch.zeros(4, 4), t, plan=plan), torch.tensor(2.).log())
+
+def test_targets_of_a_second_loader_changed_in_place():
+    "The partners' targets are no part of those that the loss is called with"
+    plan,targets,pred = Plan(torch.tensor([[0,2],[1,3]]), torch.tensor([[.7,.3],[.6,.4]]), n=4),torch.tensor([0,1,2,2]),torch.randn(2, 3)
+    loss = MixLoss(nn.CrossEntropyLoss(), plan, (targets,))
+    rows = F.cross_entropy(pred[:,None].expand(2, 2, 3).reshape(4, 3), torch.tensor([0,2,1,2]), reduction='none').view(2, 2)
+    torch.testing.assert_close(loss(pred, *loss.yb), (rows*plan.weights).sum(1).mean())
+    loss.yb[0].clamp_(max=0)
+    with pytest.raises(RuntimeError, match='changed in place'): loss(pred, *loss.yb)
+
+def test_blended_targets_changed_in_place():
+    "The logarithm of a blend is no blend of logarithms"
+    loss = MixLoss(nn.MSELoss(), Plan(torch.tensor([[0,1],[1,0]]), torch.tensor([[.7,.3],[.6,.4]])), (torch.rand(2, 1),))
+    loss.yb[0].log1p_()
+    with pytest.raises(RuntimeError, match='changed in place'): loss(torch.rand(2, 1), *loss.yb)

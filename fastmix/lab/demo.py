@@ -1,4 +1,4 @@
-"""Train with and without MixUp on real images, with true labels and with labels that are partly random
+"""Train with and without a mixer on real images, with true labels and with labels that are partly random
 
 Docs: https://fastmix.github.io/fastmix/demo.html.md"""
 
@@ -7,6 +7,8 @@ Docs: https://fastmix.github.io/fastmix/demo.html.md"""
 # %% ../../nbs/32_demo.ipynb #3d762c28
 from __future__ import annotations
 
+import io
+
 import pandas as pd
 from fastai.vision.all import *
 from fastcore.script import call_parse
@@ -14,41 +16,56 @@ from fastcore.script import call_parse
 from ..core import *
 from ..mixers import *
 from ..show import *
+from ..metrics import *
 from ..data import *
 from .evidence import *
 
 # %% auto #0
-__all__ = ['train', 'run_all', 'summary', 'plot_curves', 'demo']
+__all__ = ['demo_mixers', 'small_resnet', 'train', 'keep_items', 'run_all', 'summary', 'in_words', 'mixed_batch', 'plot_runs',
+           'choose_mixer', 'demo']
 
 # %% ../../nbs/32_demo.ipynb #3c0834b4
+def small_resnet(pretrained=False): return XResNet(ResBlock, 1, [1,1], widen=.5)   # `vision_learner` passes `pretrained`
+
 def train(
     dls:DataLoaders, # Images and classes
-    alpha:float, # Of `MixUp`; 0 trains plainly
+    mixer:MixHandler, # Such as `MixUp(.4)`; None trains plainly
     epochs:int, # To train
     seed:int, # Of the weights, the order of the batches and the mixing
 ) -> Learner: # Trained
-    "Train a resnet18 from scratch"
+    "Train a small residual network from scratch"
     set_seed(seed)
-    learn = vision_learner(dls, resnet18, pretrained=False, metrics=error_rate, opt_func=adamw, cbs=MixUp(alpha))
-    learn.fit_one_cycle(epochs)
+    dls.train.rng.seed(seed)
+    learn = vision_learner(dls, small_resnet, pretrained=False, metrics=error_rate, opt_func=adamw, cbs=mixer)
+    learn.fit_one_cycle(epochs, 1e-2)
     return learn
+
+# %% ../../nbs/32_demo.ipynb #5a1f0002
+def keep_items(
+    dls:DataLoaders, # Whose items are the same in each epoch
+) -> DataLoaders: # The same
+    "Make each item once, and keep it in memory"
+    for dl in dls.loaders: dl.do_item = functools.cache(dl.do_item)
+    return dls
 
 # %% ../../nbs/32_demo.ipynb #2dc6b7a3
 def run_all(
-    mk_dls, # Function of the fraction of random labels and a seed, which makes `DataLoaders`
-    alpha:float, # Of `MixUp`
+    mk_dls:callable, # Makes `DataLoaders` of a fraction of random labels and a seed
+    mk_mixer:callable, # Makes a mixer
     epochs:int, # To train
     seeds:int, # Runs of each kind
     noises:list, # Fractions of random labels
-) -> pd.DataFrame: # A row for each run: its kind, its scores, and `curve`, the validation errors (%) of its epochs
+) -> pd.DataFrame: # A row for each run: its kind and seed, its scores, `curve`, the validation errors (%) of its epochs, and `preds`, predictions and targets
     "Train and score with and without mixing, for each fraction of random labels and each seed"
     rows = []
-    for noise,seed,a in itertools.product(noises, range(1, seeds+1), (0,alpha)):
-        kind = {'labels':f'{noise:.0%} random' if noise else 'true', 'training':f'MixUp({a:g})' if a else 'plain'}
-        print(f'\nlabels {kind["labels"]}, {kind["training"]}, seed {seed} of {seeds}', flush=True)
-        learn = train(mk_dls(noise, seed), a, epochs, seed)
-        curve = [100*o[2] for o in learn.recorder.values]   # before `scores`, since `get_preds` empties the recorder
-        rows.append({**kind, 'curve':curve, **scores(learn)})
+    for noise,seed in itertools.product(noises, range(1, seeds+1)):
+        dls = keep_items(mk_dls(noise, seed))
+        for mixer in (None,mk_mixer()):
+            kind = dict(labels=f'{noise:.0%} random' if noise else 'true', training=repr(mixer) if mixer else 'plain', seed=seed)
+            print('\nlabels {labels}, {training}, seed {seed}'.format(**kind), f'of {seeds}', flush=True)
+            learn = train(dls, mixer, epochs, seed)
+            curve = [100*o[2] for o in learn.recorder.values]   # before `scores`, since `get_preds` empties the recorder
+            with learn.no_bar(): rows.append({**kind, **scores(learn), 'curve':curve, 'preds':learn.get_preds()})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/32_demo.ipynb #fbf88826
@@ -56,46 +73,94 @@ def summary(
     runs:pd.DataFrame, # From `run_all`
 ) -> pd.DataFrame: # A row for each kind of run
     "Mean and standard deviation over the seeds"
-    return runs.drop(columns='curve').groupby(['labels','training'], sort=False).agg(mean_spread)
+    return runs.drop(columns=['seed','curve','preds']).groupby(['labels','training'], sort=False).agg(mean_spread)
+
+# %% ../../nbs/32_demo.ipynb #5a1f0004
+def _in_words(y, group):
+    ys = by_seed(group.rename(columns={'training':'arm'}), y)[group['training'].unique()]
+    so = paired(ys.diff(axis=1).iloc[:,1:])['so'].item()
+    return f'{y} {ys.iloc[:,0].mean():.1f} → {ys.iloc[:,1].mean():.1f} %, {so}'
+
+def in_words(
+    runs:pd.DataFrame, # From `run_all`
+) -> str: # A line for each fraction of random labels
+    "Say what mixing changed: error and calibration error, without → with, and whether they differ by more than chance"
+    return '\n'.join(f'with {label} labels: {_in_words("error", o)}; {_in_words("calibration error", o)}' for label,o in runs.groupby('labels', sort=False))
 
 # %% ../../nbs/32_demo.ipynb #ecbc3221
-def plot_curves(
+def mixed_batch(
+    mixer:MixHandler, # Such as `MixUp(.4)`
+    dls:DataLoaders, # Of images
+) -> np.ndarray: # (height, width, 4), the pixels of a figure
+    "A row of mixed images, captioned"
+    with io.BytesIO() as f:
+        mixer.show_mix(dls, max_n=6, nrows=1, figsize=(15,2.9))
+        plt.savefig(f, dpi=160, bbox_inches='tight')
+        plt.close()
+        f.seek(0)
+        return plt.imread(f)
+
+def _plot_kind(runs, curves, reliability):
+    for training,o in runs.groupby('training', sort=False):
+        plot_seeds(range(1, len(o['curve'].iloc[0])+1), o['curve'], training, curves)
+        conf,acc,fraction = calibration_bins(*map(torch.cat, zip(*o['preds'])), n_bins=10)
+        reliability.plot(conf, acc, label=training)
+        reliability.scatter(conf, acc, 300*fraction)
+    reliability.plot([0,1], [0,1], '--', c='.6', lw=1)
+    curves.set(title=f'Training labels: {runs["labels"].iloc[0]}', xlabel='epoch', ylabel='validation error, %', ylim=(0,None))
+    reliability.set(title=curves.get_title(), xlabel='confidence', ylabel='accuracy', xlim=(0,1), ylim=(0,1), aspect='equal')
+    curves.legend()
+
+def plot_runs(
     runs:pd.DataFrame, # From `run_all`
+    batch:np.ndarray, # From `mixed_batch`
 ) -> plt.Figure:
-    "Plot the validation error over the epochs, a thin line for each seed and a thick one for their mean"
-    kinds = runs['labels'].unique()
-    fig,axs = plt.subplots(1, len(kinds), figsize=(4.5*len(kinds),3), sharey=True, squeeze=False)
-    for (label,training),group in runs.groupby(['labels','training'], sort=False):
-        curves = group['curve'].tolist()
-        ax = plot_seeds(range(1, len(curves[0])+1), curves, training, axs[0][list(kinds).index(label)])
-        ax.set(title=f'Training labels: {label}', xlabel='epoch', ylim=(0,None))
-    axs[0][0].set_ylabel('validation error, %')
-    axs[0][-1].legend()
+    "A mixed batch, learning curves, a thin line for each seed and a thick one for their mean, and reliability diagrams of all seeds"
+    kinds = list(runs['labels'].unique())
+    below = [f'{what} {o}' for what in ('curves','reliability') for o in kinds]
+    fig,axs = plt.subplot_mosaic([['batch']*len(below),below], figsize=(15,6.6), height_ratios=[2.6,4], layout='constrained')
+    axs['batch'].imshow(batch)
+    axs['batch'].axis('off')
+    for o in kinds: _plot_kind(runs[runs['labels']==o], axs[f'curves {o}'], axs[f'reliability {o}'])
     return fig
+
+# %% ../../nbs/32_demo.ipynb #5a1f0008
+demo_mixers = {o.__name__.lower():o for o in (MixUp,CutMix,SaliencyMix,FMix,GridMix)}
+
+def choose_mixer(
+    name:str, # One of `demo_mixers`
+    alpha:float=None, # Of λ; the mixer's own default if None
+) -> callable: # Makes such a mixer
+    "Check the demo's mixer and its `alpha`"
+    if name not in demo_mixers: raise ValueError(f'mixer must be one of {", ".join(demo_mixers)}, but it is {name!r}')
+    if alpha is None: return demo_mixers[name]
+    if not check_alpha(alpha): raise ValueError('alpha=0 does not mix, so there would be nothing to compare')
+    return partial(demo_mixers[name], alpha)
 
 # %% ../../nbs/32_demo.ipynb #5b7933ee
 @call_parse
 def demo(
-    alpha:float=.4, # Of MixUp
-    epochs:int=10, # To train in each run
-    seeds:int=3, # Runs of each kind
+    mixer:str='mixup', # Or cutmix, saliencymix, fmix, gridmix
+    alpha:float=None, # Of the mixer; by default .4 for mixup and 1 for the others
+    epochs:int=14, # To train in each run
+    seeds:int=5, # Runs of each kind
     noise:float=.4, # Fraction of the training labels to replace by random ones, in half of the runs; 0 to leave these runs out
     folder:str=None, # Your own images, one subfolder a class, instead of the digits
     size:int=16, # Height and width to resize the images to, in pixels
-    out:str='fastmix_demo', # Folder to write the charts to
+    out:str='fastmix_demo', # Folder to write the image to
 ):
-    "Train with and without MixUp, on true and on partly random labels; print a table, and write two charts"
-    if not check_alpha(alpha): raise ValueError('alpha=0 does not mix, so there would be nothing to compare')
+    "Train with and without a mixer, on true and on partly random labels; print a table and what it says, and write an image"
+    mk_mixer = choose_mixer(mixer, alpha)
     if seeds<1 or epochs<1: raise ValueError(f'seeds and epochs must be at least 1, but they are {seeds} and {epochs}')
     images,labels = folder_images(folder) if folder else digit_images()
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    def mk_dls(noise, seed): return image_dls(images, labels, noise, seed=seed, size=size, num_workers=0)
-    noises = [0,noise] if noise else [0]
-    dls,*_ = [mk_dls(o, 1) for o in noises]
-    MixUp(alpha).show_mix(dls, max_n=8, nrows=2, figsize=(11,5.6))
-    plt.savefig(out/'mixed_batch.png', dpi=80, bbox_inches='tight')
-    runs = run_all(mk_dls, alpha, epochs, seeds, noises)
-    plot_curves(runs).savefig(out/'curves.png', dpi=80, bbox_inches='tight')
+    def mk_dls(noise, seed): return image_dls(images, labels, noise, seed=seed, size=size, num_workers=0, val_bs=1000)
+    noises = [noise,0] if noise else [0]
+    dls = mk_dls(noise, 1)
+    print(f'{2*len(noises)*seeds} trainings of {epochs} epochs on half of {len(images):,} images, with and without {mk_mixer()!r}'
+        + ('' if folder else f': about {math.ceil(len(noises)*seeds*epochs/58)} minutes on two cores'), flush=True)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    batch = mixed_batch(mk_mixer(), dls)
+    runs = run_all(mk_dls, mk_mixer, epochs, seeds, noises)
+    plot_runs(runs, batch).savefig(image := Path(out)/'demo.png', dpi=80)
     print(f'\nOn the validation set, true labels; mean ± standard deviation over {seeds} seeds; errors in %\n\n{summary(runs)}')
-    print(f'\nA mixed batch: {out/"mixed_batch.png"}\nLearning curves: {out/"curves.png"}')
+    print(f'\nA mixed batch, learning curves and reliability diagrams: {image}\n\n{in_words(runs)}')
