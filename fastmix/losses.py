@@ -281,19 +281,18 @@ class MixLoss(nn.Module):
             came = targets
             targets,mixed = mix_targets(loss_func, plan, came, y_int, soft)
             yb = tuple([plan.unmixed(y) if m else y for y,m in zip(targets, mixed)])   # to call it with
-            copies = [(y,_version(y)) for y,o in zip(yb, came) if y is not o]
-            vars(self).update(loss_func=loss_func, targets=targets, mixed=mixed, yb=yb, _copies=copies)
+            versions = () if [*map(id, yb)]==[*map(id, came)] else [None if y is o else _version(y) for y,o in zip(yb, came)]
+            vars(self).update(loss_func=loss_func, targets=targets, mixed=mixed, yb=yb, _versions=versions)
 
     def is_for(self, yb):
         "Are `yb` the targets that this loss was made for, the same objects?"
         return self.plan is not None and [*map(id, yb)]==[*map(id, self.yb)]
 
-    def _unchanged_targets(self):
-        "`targets`; an error if a copy among `yb` was written to, since partners would keep the old targets"
-        if any(_version(y)!=v for y,v in self._copies): raise RuntimeError(
+    def _check_unchanged(self):
+        "An error if a copy among `yb` was written to, since partners would keep the old targets"
+        if any(v is not None and _version(y)!=v for y,v in zip(self.yb, self._versions)): raise RuntimeError(
             'The targets of this batch were changed in place after it was mixed, and those of the partners were not: '
             'change them earlier, in the data set or as they come from the loader, or in the loss')
-        return self.targets
 
     def __repr__(self): return f'MixLoss({self.loss_func})'
     def __getattr__(self, name): return super().__getattr__(name) if name in MixLoss._attrs else getattr(self.loss_func, name)
@@ -320,7 +319,9 @@ def forward(self:MixLoss,
     if self.plan is not None: self.calls.append(yb)
     if plan is _unsaid: plan = _remind(pred) if self.plan is None else None
     if plan is not None: targets,mixed = mix_targets(loss_func, plan, yb, self._y_int, self.soft)
-    elif self.is_for(yb): plan,targets,mixed = self.plan,self._unchanged_targets(),self.mixed
+    elif self.is_for(yb):
+        if self._versions: self._check_unchanged()
+        plan,targets,mixed = self.plan,self.targets,self.mixed
     else: return loss_func(pred, *yb)
     if not any(mixed): return loss_func(pred, *targets)
     for name,o in kwargs.items(): _check_keyword(name, o, pred, len(yb[0]))
