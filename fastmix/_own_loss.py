@@ -40,7 +40,7 @@ def _reach(o, found=None):
         inner = [*o.children(), *o._forward_hooks.values(), *o._forward_pre_hooks.values(), *(v for k,v in vars(o).items() if k not in _internals)]
     elif isinstance(o, partial): inner = [o.func, *o.args, o.keywords]
     elif inspect.isfunction(o): inner = [c.cell_contents for c in o.__closure__ or () if _is_full(c)]
-    elif inspect.ismethod(o): inner = [o.__func__, *([o.__self__] if isinstance(o.__self__, nn.Module) else vars(o.__self__).values())]
+    elif inspect.ismethod(o): inner = [o.__func__, *([o.__self__] if isinstance(o.__self__, nn.Module) else getattr(o.__self__, '__dict__', {}).values())]
     elif isinstance(o, (list,tuple,dict,deque)): inner = list(o.values() if isinstance(o, dict) else o)[:100]
     else: inner = list(getattr(o, '__dict__', {}).values())
     for v in inner: _reach(v, found)
@@ -134,8 +134,8 @@ class LossCalls:
         self.state = LossState(self.loss_func) if self.is_own else None
 
     def __enter__(self): return self
-    def __exit__(self, error, *_):   # after one, Ctrl-C too, the loss is as it was
-        if error and self.state: self.state.reset()
+    def __exit__(self, error, *_):   # the loss has moved on by one call; after an error, or Ctrl-C, it is as it was
+        if self.state: self.state.reset() if error else self.state.keep()
 
     def __call__(self,
         f, # The loss, or the same left unreduced
@@ -217,7 +217,6 @@ def call_for_each(
             f'{calls.loss_func} returns {last.mean().item():.6g} where it returned {first.mean().item():.6g} before, for the same predictions and targets, '
             'so it cannot be called for both targets of a mixture: let it keep what it remembers in attributes or buffers, and draw from the global generators, '
             'or pass the mixer y_int=False, which calls it once')
-    calls.state.keep()
     return [last,*others]
 
 def mix_values(
@@ -246,13 +245,13 @@ def check_separable(
     if not calls.is_own or len(weights)==1: return
     (bs,k),loss_func = weights.shape,calls.loss_func
     rows,calls = torch.arange(bs, device=weights.device),LossCalls(loss_func, _as_single(calls.pred))
-    with calls: want = calls(loss_func, tuple(torch.stack(ys)[rows%k,rows] for ys in zip(*ybs))).detach()
-    calls.state.reset()
+    try: want = calls(loss_func, tuple(torch.stack(ys)[rows%k,rows] for ys in zip(*ybs))).detach()
+    finally: calls.state.reset()
     if not is_separable(loss_func): return   # an error of `mix_values`
     with NoneReduce(loss_func) as f:
         calls.remember()
-        with calls: us = [calls(f, yb).detach() for yb in ybs]
-        calls.state.reset()
+        try: us = [calls(f, yb).detach() for yb in ybs]
+        finally: calls.state.reset()
     got = _reduce(loss_func, us, F.one_hot(rows%k, k))
     if not torch.allclose(got, want.to(got.dtype), rtol=torch.finfo(want.dtype).eps**.5, equal_nan=True): raise ValueError(
         f'{loss_func} returns {want.mean().item():.6g} where its unreduced values, reduced as it says, make {got.mean().item():.6g}, '

@@ -153,8 +153,8 @@ def change_learner(
 ):
     "Leave the present learner with its own loss. A second time on the same one is a `ValueError`; on another, a warning"
     old = mixer.learn
-    if old is not None and learn is old: raise ValueError(f'This {mixer!r} is on the learner already, so it need not be added again')
     if old is not None:
+        if learn is old: raise ValueError(f'This {mixer!r} is on the learner already, so it need not be added again')
         if mixer.record and mixer.record.is_open: warn(f'{mixer!r} is removed before the loss of a batch that it has mixed. If the fit goes on, '
             'this batch trains on the labels of one part: remove it in after_batch, or end mixing with until=')
         mixer.stop()

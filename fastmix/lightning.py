@@ -14,6 +14,7 @@ from functools import partial
 from warnings import warn
 
 import numpy as np, torch
+from fastai.text.models.core import SentenceEncoder
 from fastcore.basics import noop, patch
 from torch import Tensor
 
@@ -137,8 +138,13 @@ def mixed_step(self:Mixing,
     "`step`, with a mixed batch and its loss"
     if self.record: self.record.close()   # where an optimizer computes a step twice
     owner,name = _find_loss(module, self.loss)
-    b = self.keys.take(batch)
-    self.record = record = self.mix(trainer, module, b, getattr(owner, name), len(tensors_in(batch))>len(tensors_in(b)))
+    b,pct = self.keys.take(batch),_fraction_done(trainer) or 0.
+    in_order = len(tensors_in(batch))>len(tensors_in(b))   # the rest of the batch would not follow
+    if in_order and any(isinstance(m, SentenceEncoder) for m in module.modules()): raise ValueError(
+        'SentenceEncoder needs texts in the order of their length, which mixing changes, and the rest of the batch would not follow: have the loader return inputs and targets only')
+    self.mixer.set_rng(np.random.default_rng([self.seed, trainer.global_rank, trainer.fit_loop.total_batch_idx]))
+    self.scheduled = self.mixer.hyper_parameters(pct)
+    self.record = record = self.mixer.mix_batch(*b, getattr(owner, name), module, pct, in_order)
     try:
         with _shadowed(owner, name, record.loss), _backwards(module) as trained:
             res = step(self.keys.replace(batch, record.mixed_xb, record.loss.yb), *args, **kwargs)
@@ -149,20 +155,6 @@ def mixed_step(self:Mixing,
         record.close()
         raise
     return res
-
-@patch
-def mix(self:Mixing,
-    trainer:pl.Trainer, # That is training
-    module:pl.LightningModule, # Whose loss it is
-    b:tuple, # Inputs and targets, two tuples
-    loss_func, # The module's own
-    in_order:bool=False, # Must row i stay sample i, since the batch holds more than `b`?
-) -> MixedBatch:
-    "Mix a batch by its number"
-    pct = _fraction_done(trainer) or 0.
-    self.mixer.set_rng(np.random.default_rng([self.seed, trainer.global_rank, trainer.fit_loop.total_batch_idx]))
-    self.scheduled = self.mixer.hyper_parameters(pct)
-    return self.mixer.mix_batch(*b, loss_func, module, pct, in_order)
 
 # %% ../nbs/18_lightning.ipynb #aa06cd4c
 def _as_loaded(trainer, keys, batch):

@@ -105,8 +105,7 @@ def _check_collated(mixer):
         'mix in the loop, after xb,yb = mixer.partners.append_partners(xb, yb), or use partners of the same batch, such as partners=balanced')
     if type(mixer).mix_inputs is not MixHandler.mix_inputs: refuse('mixes behind hidden layers, which a loader does not have', 'use MixUp(.4)')
     for name,unset in dict(y_int=None, soft=False).items():
-        value = getattr(mixer, name)
-        if value is not unset: refuse(f'has {name}={value!r}, which is for the loss', f'pass it there, MixLoss(loss_func, {name}={value!r})')
+        if (value := getattr(mixer, name)) is not unset: refuse(f'has {name}={value!r}, which is for the loss', f'pass it there, MixLoss(loss_func, {name}={value!r})')
 
 # %% ../nbs/17_loop.ipynb #68e10d66
 class MixCollate:

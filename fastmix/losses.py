@@ -181,9 +181,7 @@ def soft_loss(
     "The loss on one-hot, mixed targets; a `ValueError` where `loss_func` takes none, or treats them as others than the classes that they stand for"
     if class_loss(loss_func): return mix_losses(loss_func, plan, pred, yb)   # linear in its target, so this is the same
     if len(yb)>1: raise ValueError(f'soft=True is for one target, but {loss_func} takes {len(yb)}: mix its losses, soft=False')
-    with LossCalls(loss_func, pred) as calls: res = _soft_value(calls, plan, yb[0])
-    if calls.is_own: calls.state.keep()
-    return res
+    with LossCalls(loss_func, pred) as calls: return _soft_value(calls, plan, yb[0])
 
 def _soft_value(calls, plan, y):
     loss_func,pred,own = calls.loss_func,calls.pred,plan.unmixed(y)
@@ -261,8 +259,6 @@ def mix_targets(
     return tuple([y if m else _mix_target(f, plan, y) for f,y,m in zip(losses, yb, mixed)]),mixed
 
 # %% ../nbs/07_losses.ipynb #65dcacf9
-def _version(o): return None if o.is_inference() else o._version   # how often a tensor was written to
-
 class MixLoss(nn.Module):
     "`loss_func`, mixed for the batch that it was made for, or by `plan=`; in all else `loss_func` itself. It never changes"
     _attrs = {'loss_func','inner','plan','targets','mixed','yb','soft','calls','results','training'}
@@ -278,11 +274,10 @@ class MixLoss(nn.Module):
         vars(self).update(plan=plan, soft=soft, calls=[], results=[], _y_int=y_int, _check=check)
         if plan is None: self.loss_func,self.inner = loss_func,_modules_in(*loss_layers(loss_func)[1:])   # what is in fastai's losses, to move and save it
         else:
-            came = targets
-            targets,mixed = mix_targets(loss_func, plan, came, y_int, soft)
-            yb = tuple([plan.unmixed(y) if m else y for y,m in zip(targets, mixed)])   # to call it with
-            versions = () if [*map(id, yb)]==[*map(id, came)] else [None if y is o else _version(y) for y,o in zip(yb, came)]
-            vars(self).update(loss_func=loss_func, targets=targets, mixed=mixed, yb=yb, _versions=versions)
+            found,mixed = mix_targets(loss_func, plan, targets, y_int, soft)
+            yb = tuple([plan.unmixed(y) if m else y for y,m in zip(found, mixed)])   # to call it with
+            versions = () if [*map(id, yb)]==[*map(id, targets)] else [None if y is o else y._version for y,o in zip(yb, targets)]
+            vars(self).update(loss_func=loss_func, targets=found, mixed=mixed, yb=yb, _versions=versions)
 
     def is_for(self, yb):
         "Are `yb` the targets that this loss was made for, the same objects?"
@@ -290,7 +285,7 @@ class MixLoss(nn.Module):
 
     def _check_unchanged(self):
         "An error if a copy among `yb` was written to, since partners would keep the old targets"
-        if any(v is not None and _version(y)!=v for y,v in zip(self.yb, self._versions)): raise RuntimeError(
+        if any(v is not None and y._version!=v for y,v in zip(self.yb, self._versions)): raise RuntimeError(
             'The targets of this batch were changed in place after it was mixed, and those of the partners were not: '
             'change them earlier, in the data set or as they come from the loader, or in the loss')
 

@@ -181,9 +181,7 @@ def can_draw_ahead(self:Mixer,
     "Are the plans of batches like this one the same whatever the batch holds, and whenever it comes?"
     most = vars(type(self)).get('n_ahead', 0)   # not inherited: plans of a subclass may depend on the batch
     if d.partners or d.n!=d.bs or d.per_batch or self.per_batch or self.until<1 or not 0<2*d.bs<=most: return False
-    for name in self.scheduled:
-        if callable(vars(self)[name]): return False
-    return True
+    return not any(map(callable, map(vars(self).get, self.scheduled)))
 
 @patch
 def next_plan(self:Mixer,

@@ -5,6 +5,8 @@ from copy import deepcopy
 from io import BytesIO
 import lightning.pytorch as pl, numpy as np, pytest, torch, torch.nn.functional as F
 from fastai.callback.schedule import SchedLin
+from fastai.text.models.awdlstm import AWD_LSTM
+from fastai.text.models.core import SentenceEncoder
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
@@ -777,3 +779,14 @@ def test_targets_changed_in_place_after_mixing():
     "Where the loss has a sorted copy of them, the partners' targets would not follow"
     ids,_,y = texts()
     with pytest.raises(RuntimeError, match='changed in place after it was mixed'): fit_texts(Texts(lambda y: y.clamp_(max=1)), Mixing(MixUp(.4)), ids, y)
+
+class Last(nn.Module):
+    def forward(self, o): return o[0]
+
+def test_an_encoder_that_needs_sorted_texts():
+    "fastai's reads each column of the batch up to its last row that is not padded"
+    ids,lengths,y = texts()
+    module = Texts()
+    module.emb = nn.Sequential(SentenceEncoder(7, AWD_LSTM(30, 8, 8, 1, pad_token=0), pad_idx=0), Last())
+    with pytest.raises(ValueError, match='SentenceEncoder needs texts in the order of their length'): fit_texts(module, Mixing(MixUp(.4), x=0, y=2), ids, lengths, y)
+    fit_texts(module, Mixing(MixUp(.4)), ids, y)

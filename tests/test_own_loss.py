@@ -513,3 +513,13 @@ def test_a_loss_of_probabilities_is_as_it_was_after_an_error(error):
     c = f.c
     with pytest.raises((KeyboardInterrupt,ValueError)): MixLoss(f, soft=True)(pred, y, plan=swap)
     assert f.c is c and not c.any() and f.n==0
+
+class Slotted:
+    "Has no `__dict__`"
+    __slots__ = ('gamma',)
+    def __init__(self, gamma): self.gamma = gamma
+    def loss(self, p, y, reduction='mean'): return F.cross_entropy(self.gamma*p, y, reduction=reduction)
+
+def test_a_method_of_an_object_with_slots():
+    want = .7*F.cross_entropy(2*pred, y) + .3*F.cross_entropy(2*pred, y.roll(1))
+    torch.testing.assert_close(MixLoss(Slotted(2.).loss)(pred, y, plan=swap), want)

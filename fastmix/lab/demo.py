@@ -105,7 +105,7 @@ def _plot_kind(runs, curves, reliability):
         plot_seeds(range(1, len(o['curve'].iloc[0])+1), o['curve'], training, curves)
         conf,acc,fraction = calibration_bins(*map(torch.cat, zip(*o['preds'])), n_bins=10)
         reliability.plot(conf, acc, label=training)
-        reliability.scatter(conf, acc, 300*fraction)
+        reliability.scatter(conf, acc, 300*fraction, clip_on=False, zorder=3)
     reliability.plot([0,1], [0,1], '--', c='.6', lw=1)
     curves.set(title=f'Training labels: {runs["labels"].iloc[0]}', xlabel='epoch', ylabel='validation error, %', ylim=(0,None))
     reliability.set(title=curves.get_title(), xlabel='confidence', ylabel='accuracy', xlim=(0,1), ylim=(0,1), aspect='equal')
