@@ -21,11 +21,11 @@ from ..data import *
 from .evidence import *
 
 # %% auto #0
-__all__ = ['demo_mixers', 'small_resnet', 'train', 'keep_items', 'run_all', 'summary', 'in_words', 'mixed_batch', 'plot_runs',
-           'choose_mixer', 'demo']
+__all__ = ['demo_mixers', 'train', 'keep_items', 'run_all', 'summary', 'in_words', 'mixed_batch', 'plot_runs', 'choose_mixer',
+           'demo']
 
 # %% ../../nbs/32_demo.ipynb #3c0834b4
-def small_resnet(pretrained=False): return XResNet(ResBlock, 1, [1,1], widen=.5)   # `vision_learner` passes `pretrained`
+def _small_resnet(pretrained=False): return XResNet(ResBlock, 1, [1,1], widen=.5)   # `vision_learner` passes `pretrained`
 
 def train(
     dls:DataLoaders, # Images and classes
@@ -36,7 +36,7 @@ def train(
     "Train a small residual network from scratch"
     set_seed(seed)
     dls.train.rng.seed(seed)
-    learn = vision_learner(dls, small_resnet, pretrained=False, metrics=error_rate, opt_func=adamw, cbs=mixer)
+    learn = vision_learner(dls, _small_resnet, pretrained=False, metrics=error_rate, opt_func=adamw, cbs=mixer)
     learn.fit_one_cycle(epochs, 1e-2)
     return learn
 
@@ -157,7 +157,7 @@ def demo(
     noises = [noise,0] if noise else [0]
     dls = mk_dls(noise, 1)
     print(f'{2*len(noises)*seeds} trainings of {epochs} epochs on half of {len(images):,} images, with and without {mk_mixer()!r}'
-        + ('' if folder else f': about {math.ceil(len(noises)*seeds*epochs/58)} minutes on two cores'), flush=True)
+        + ('' if folder else f': about {len(noises)*seeds*epochs} seconds on two cores'), flush=True)
     Path(out).mkdir(parents=True, exist_ok=True)
     batch = mixed_batch(mk_mixer(), dls)
     runs = run_all(mk_dls, mk_mixer, epochs, seeds, noises)
