@@ -7,16 +7,16 @@ Docs: https://fastmix.github.io/fastmix/own_loss.html.md"""
 # %% ../nbs/06a_own_loss.ipynb #cdead7d2
 from __future__ import annotations
 
-import inspect, random
+import inspect, os, random, sys
 from collections import deque
 from copy import copy
-from dataclasses import is_dataclass
 from functools import partial
 from types import SimpleNamespace
 
-import numpy as np, torch, torch.nn.functional as F
+import numpy as np, torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from fastcore.basics import patch
 from fastai.layers import NoneReduce
 from fastai.learner import Learner
 from fastai.losses import BaseLoss
@@ -25,15 +25,24 @@ from ._loss_config import *
 from .core import *
 
 # %% auto #0
-__all__ = ['LossState', 'LossCalls', 'check_depends', 'per_sample', 'call_for_each', 'mix_values', 'check_separable']
+__all__ = ['LossState', 'LossCalls', 'check_depends', 'per_sample', 'call_for_each', 'mix_values', 'check_mixable']
 
 # %% ../nbs/06a_own_loss.ipynb #161b78e0
 _internals = {*vars(nn.Module())} - {'training'}
 
+def _is_yours(o):
+    "Is `o` an object of a class that no installed package has defined?"
+    name = type(o).__module__
+    file = getattr(sys.modules.get(name), '__file__', None) or ''
+    return hasattr(o, '__dict__') and name.partition('.')[0] not in {*sys.stdlib_module_names,'fastmix'} and f'-packages{os.sep}' not in file
+
+def _not_numbers(values): return () if {*map(type, values)} <= {int,float,str,bool} else list(values)
+
+# %% ../nbs/06a_own_loss.ipynb #2202b622
 def _reach(o, found=None):
     "The modules, functions and containers that a loss is made of, and the objects that it is a method of, each once, by its id"
     found = {} if found is None else found
-    is_part = isinstance(o, (nn.Module,SimpleNamespace,list,tuple,dict,deque,np.ndarray)) or callable(o) or is_dataclass(o)
+    is_part = isinstance(o, (nn.Module,SimpleNamespace,list,tuple,dict,deque,np.ndarray)) or callable(o) or _is_yours(o)
     if id(o) in found or isinstance(o, (type,Learner)) or not is_part: return found
     found[id(o)] = o
     if isinstance(o, nn.Module):
@@ -41,7 +50,8 @@ def _reach(o, found=None):
     elif isinstance(o, partial): inner = [o.func, *o.args, o.keywords]
     elif inspect.isfunction(o): inner = [c.cell_contents for c in o.__closure__ or () if _is_full(c)]
     elif inspect.ismethod(o): inner = [o.__func__, *([o.__self__] if isinstance(o.__self__, nn.Module) else getattr(o.__self__, '__dict__', {}).values())]
-    elif isinstance(o, (list,tuple,dict,deque)): inner = list(o.values() if isinstance(o, dict) else o)[:100]
+    elif isinstance(o, (list,tuple,dict,deque)): inner = _not_numbers(o.values() if isinstance(o, dict) else o)
+    elif isinstance(o, np.ndarray): inner = o.ravel().tolist() if o.dtype==object else []
     else: inner = list(getattr(o, '__dict__', {}).values())
     for v in inner: _reach(v, found)
     return found
@@ -61,10 +71,7 @@ def _refill(o, values):
 # %% ../nbs/06a_own_loss.ipynb #dd216b53
 class LossState:
     "What a loss remembers from call to call, and the state of random generators"
-    def __init__(self,
-        loss_func, # Loss, as a fastai `Learner` takes it, or a model
-        frozen:bool=True, # Refuse one that writes into its parameters?
-    ):
+    def __init__(self, loss_func, frozen=True):   # a loss or a model; is it refused if it writes into its parameters?
         objects = [o for o in _reach(loss_func).values() if not isinstance(o, scripted)]
         owners = [o for f in objects for o in (f, getattr(f, '__self__', None) if inspect.ismethod(f) else None) if isinstance(getattr(o, '__dict__', None), dict)]
         dicts = [d for o in owners for d in (vars(o), vars(o).get('_buffers')) if isinstance(d, dict)]
@@ -75,7 +82,8 @@ class LossState:
         held += [v for o,_ in self.containers if not isinstance(o, np.ndarray) for v in (o.values() if isinstance(o, dict) else o)]
         self.tensors = {id(v): v for v in held if isinstance(v, Tensor) and not v.requires_grad and v.layout is torch.strided and not is_lazy(v)}
         params = [p for o in owners if isinstance(o, nn.Module) for p in o._parameters.values() if p is not None and not is_lazy(p)]
-        self.params = [(p, p._version) for p in params if frozen]
+        fixed = params + [v for o in objects if isinstance(o, tuple) for v in o if isinstance(v, Tensor)]
+        self.fixed = [(v, v._version) for v in fixed if frozen and not v.is_inference()]
         self.cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
         self.random = torch.get_rng_state(),np.random.get_state(),random.getstate()
 
@@ -90,9 +98,10 @@ class LossState:
         if self.cuda is not None: torch.cuda.set_rng_state(self.cuda)
 
     def restore(self):
-        "As it was, with tensors of its own to write into; a `ValueError` where it has written into its parameters"
-        if any(p._version!=version for p,version in self.params): raise ValueError(
-            'The loss writes into its parameters, which would be done for each target of a mixture: have a callback do it, once a batch')
+        "As it was, with tensors of its own to write into; a `ValueError` where it has written into what stays"
+        if any(v._version!=version for v,version in self.fixed): raise ValueError(
+            'The loss writes into its parameters, or tensors in a tuple, which would be done for each target of a mixture: '
+            'have a callback do it, once a batch, or keep in a list or a buffer what it remembers')
         self.reset()
         self.lent = {i: v.clone() for i,v in self.tensors.items() if id(v._base) not in self.tensors}
         for i,v in self.tensors.items():   # a view stays one
@@ -113,6 +122,13 @@ class LossState:
             if id(v._base) not in self.tensors and not self.lent[i].equal(v): v.data.copy_(self.lent[i])
         self._exchange({id(self.lent[i]): v for i,v in self.tensors.items()})
 
+# %% ../nbs/06a_own_loss.ipynb #4da70260
+@patch(as_prop=True)
+def has_drawn(self:LossState):
+    "Have random numbers been drawn since?"
+    same = torch.get_rng_state().equal(self.random[0]) and np.random.get_state()[2:]==self.random[1][2:] and random.getstate()==self.random[2]
+    return not same or self.cuda is not None and not torch.cuda.get_rng_state().equal(self.cuda)
+
 # %% ../nbs/06a_own_loss.ipynb #fbe62281
 def _clone(o):
     res = o.clone()
@@ -126,7 +142,7 @@ class LossCalls:
         pred, # Predictions
         y_int:bool=None, # True: it is known to look at its targets, also where it seems that it does not
     ):
-        self.loss_func,self.pred,self.y_int,self.is_own = loss_func,pred,y_int,not (is_standard(loss_func) or torch.compiler.is_compiling())
+        self.loss_func,self.pred,self.y_int,self.is_own = loss_func,pred,y_int,not is_standard(loss_func)
         self.remember()
 
     def remember(self):
@@ -137,11 +153,8 @@ class LossCalls:
     def __exit__(self, error, *_):   # the loss has moved on by one call; after an error, or Ctrl-C, it is as it was
         if self.state: self.state.reset() if error else self.state.keep()
 
-    def __call__(self,
-        f, # The loss, or the same left unreduced
-        yb:tuple, # Targets, each (bs, ...)
-    ) -> Tensor:
-        "The loss; one of your own gets tensors of its own, to write into"
+    def __call__(self, f, yb):
+        "`f`, the loss or the same left unreduced, of the targets `yb`; one of your own gets tensors of its own, to write into"
         if not self.is_own: return f(self.pred, *yb)
         self.state.restore()
         res = f(*map_tensors(_clone, (self.pred,*yb)))
@@ -164,12 +177,7 @@ def _looks_at_targets(calls, f, u, yb):
         if not all(map(torch.equal, want, got)): return True
     return False
 
-def check_depends(
-    calls:LossCalls, # Of a loss of your own
-    f, # The loss, or the same left unreduced
-    us:list, # What it has returned for each target of a mixture
-    ybs:list, # Targets, and those of each partner, as tuples
-):
+def check_depends(calls, f, us, ybs):
     "A `ValueError` if the loss does not depend on the targets it is called with"
     if calls.y_int or not all(us[0].equal(u) for u in us[1:]) or not us[0].any(): return
     if any(u is us[0] for u in us[1:]) or any(not a.equal(b) for yb in ybs[1:] for a,b in zip(ybs[0], yb)) and not _looks_at_targets(calls, f, us[0], ybs[0]):
@@ -202,11 +210,7 @@ def _reduce(loss_func, us, weights):
     return u if reduction=='none' else getattr(u, reduction)()
 
 # %% ../nbs/06a_own_loss.ipynb #fc151d3c
-def call_for_each(
-    calls:LossCalls, # Of the loss
-    f, # The loss, or the same left unreduced
-    ybs:list, # Targets, and those of each partner, as tuples
-) -> list: # What `f` returns for each of them
+def call_for_each(calls, f, ybs):
     "A loss for each target of a mixture; a `ValueError` where it is not a function of predictions and targets"
     if not calls.is_own: return [calls(f, yb) for yb in ybs]
     with calls:
@@ -219,11 +223,7 @@ def call_for_each(
             'or pass the mixer y_int=False, which calls it once')
     return [last,*others]
 
-def mix_values(
-    calls:LossCalls, # Of the loss
-    weights:Tensor, # (bs, k), or (1, k) for the whole batch
-    ybs:list, # Targets, and those of each partner, as tuples
-) -> Tensor: # Reduced as the loss reduces
+def mix_values(calls, weights, ybs):
     "The mean of the losses on each target; a `ValueError` where samples have weights of their own and the loss cannot be left unreduced"
     loss_func = calls.loss_func
     if len(weights)==1: return _weighted_sum(call_for_each(calls, loss_func, ybs), weights[0])
@@ -234,25 +234,50 @@ def mix_values(
     return _reduce(loss_func, us, weights)
 
 # %% ../nbs/06a_own_loss.ipynb #4af6f6f1
-def _as_single(pred): return map_tensors(lambda o: o.float() if o.is_floating_point() and o.element_size()<4 else o, pred)   # to tell small differences
-
-def check_separable(
-    calls:LossCalls, # Of the loss
-    weights:Tensor, # (bs, k), or (1, k) for the whole batch
-    ybs:list, # Targets, and those of each partner, as tuples
-):
-    "A `ValueError` if a loss of your own cannot be mixed sample by sample: tried with all of the weight on each target in turn. It is left as it was"
-    if not calls.is_own or len(weights)==1: return
-    (bs,k),loss_func = weights.shape,calls.loss_func
-    rows,calls = torch.arange(bs, device=weights.device),LossCalls(loss_func, _as_single(calls.pred))
-    try: want = calls(loss_func, tuple(torch.stack(ys)[rows%k,rows] for ys in zip(*ybs))).detach()
+def _try(loss_func, f, pred, ybs):
+    "What `f` returns for each of `ybs`, and whether it draws random numbers; the loss is left as it was"
+    calls = LossCalls(loss_func, pred)
+    try: return [calls(f, yb).detach() for yb in ybs],calls.state.has_drawn
     finally: calls.state.reset()
-    if not is_separable(loss_func): return   # an error of `mix_values`
-    with NoneReduce(loss_func) as f:
-        calls.remember()
-        try: us = [calls(f, yb).detach() for yb in ybs]
-        finally: calls.state.reset()
-    got = _reduce(loss_func, us, F.one_hot(rows%k, k))
-    if not torch.allclose(got, want.to(got.dtype), rtol=torch.finfo(want.dtype).eps**.5, equal_nan=True): raise ValueError(
-        f'{loss_func} returns {want.mean().item():.6g} where its unreduced values, reduced as it says, make {got.mean().item():.6g}, '
-        f'so it cannot be mixed sample by sample: {_one_lam}')
+
+# %% ../nbs/06a_own_loss.ipynb #38571ea6
+def _flip(o):
+    res = o.flip(0)
+    vars(res).update({k: _flip(v) if isinstance(v, Tensor) and v.ndim and len(v)==len(o) else v for k,v in vars(o).items()})
+    return res
+
+def _check_order(loss_func, pred, yb, want):
+    "A `ValueError` if the loss, `want`, is another one for the same samples in another order"
+    if any(not isinstance(o, Tensor) or not o.ndim or len(o)!=len(yb[0]) for o in tensors_in((pred,yb))): return
+    got = _try(loss_func, loss_func, *map_tensors(_flip, (pred,[yb])))[0][0]
+    if got.shape!=() or torch.allclose(got, want, rtol=max(1e-4, 4*torch.finfo(want.dtype).eps), atol=1e-5, equal_nan=True): return
+    if _try(loss_func, loss_func, pred, [yb])[0][0].equal(want): raise ValueError(   # else it has a memory, which is an error of `mix_values`
+        f'{loss_func} returns {got.item():.6g} where it returned {want.item():.6g} for the same samples in another order, so it knows of each something that is not among its targets, '
+        'such as a weight, and that of the partners is not mixed: pass it to the loss as a further target of the batch')
+
+# %% ../nbs/06a_own_loss.ipynb #4839ed99
+def _is_half(o): return o.is_floating_point() and o.element_size()<4
+
+def check_mixable(calls, weights, ybs):
+    "A `ValueError` if a loss of your own depends on the order of the samples, or, where each has its λ, cannot be mixed one by one"
+    if not calls.is_own: return
+    (bs,k),device,pred = weights.shape,weights.device,calls.pred
+    half = any(map(_is_half, [*(v for v,_ in calls.state.fixed),*calls.state.tensors.values()]))
+    if not half: pred = map_tensors(lambda o: o.float() if _is_half(o) else o, pred)   # to tell small differences
+    with torch.autocast(device.type, enabled=half and torch.is_autocast_enabled(device.type)):
+        _compare_calls(calls.loss_func, pred, torch.arange(bs, device=device), k, ybs)
+
+def _compare_calls(loss_func, pred, rows, k, ybs):
+    per_batch = len(rows)==1
+    tried = ybs[:1] if per_batch else [*ybs,tuple(torch.stack(ys)[rows%k,rows] for ys in zip(*ybs))]   # the last: in turn
+    wants,draws = _try(loss_func, loss_func, pred, tried)
+    if wants[0].shape==() and not draws: _check_order(loss_func, pred, ybs[0], wants[0])
+    if per_batch or not is_separable(loss_func): return   # the latter is an error of `mix_values`
+    with NoneReduce(loss_func) as f: us,_ = _try(loss_func, f, pred, ybs)
+    eye = torch.eye(k, device=rows.device)
+    for want,weight in zip(wants, [*eye[:,None].expand(-1, len(rows), -1),eye[rows%k]]):
+        got,size = _reduce(loss_func, us, weight),_reduce(loss_func, [u.abs() for u in us], weight)
+        tol = max(1e-5, 4*torch.finfo(want.dtype).eps)
+        if not torch.allclose(got, want.to(got.dtype), rtol=tol, atol=tol*size.max().item(), equal_nan=True): raise ValueError(
+            f'{loss_func} returns {want.mean().item():.6g} where its unreduced values, reduced as it says, make {got.mean().item():.6g}, '
+            f'so it cannot be mixed sample by sample: {_one_lam}')

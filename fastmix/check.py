@@ -12,7 +12,7 @@ from fastai.callback.progress import *
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 
 # %% auto #0
-__all__ = ['check_losses', 'Answer', 'code_loss', 'taught_value', 'check_mix']
+__all__ = ['check_losses', 'Answer', 'check_mix']
 
 # %% ../nbs/15_check.ipynb #cb0de623
 class Answer(nn.Module):
@@ -26,15 +26,11 @@ class Answer(nn.Module):
     def forward(self, *x): return self.weight
 
 # %% ../nbs/15_check.ipynb #9d9e0407
-def code_loss(
-    pred:Tensor, # (bs, c) Logits
-    y:Tensor, # (bs,), float: 0. and 1. are the names of two classes, and what is between them is none
-    reduction:str='mean', # Over samples
-) -> Tensor:
+def _code_loss(pred, y, reduction='mean'):
     "A loss of one's own, in which targets are codes"
     return F.cross_entropy(pred, y.long(), reduction=reduction)
 
-check_losses = dict(classes=CrossEntropyLossFlat(), labels=BCEWithLogitsLossFlat(), numbers=MSELossFlat(), codes=code_loss,
+check_losses = dict(classes=CrossEntropyLossFlat(), labels=BCEWithLogitsLossFlat(), numbers=MSELossFlat(), codes=_code_loss,
     masks=CrossEntropyLossFlat(), maps=MSELossFlat())
 
 def _target(kind, v, size):
@@ -42,11 +38,7 @@ def _target(kind, v, size):
     everywhere = v.view(-1, 1, *[1]*len(size)).expand(-1, 1, *size)
     return dict(classes=v.long(), codes=v, labels=torch.stack([1-v, v], 1), numbers=v[:,None], masks=everywhere[:,0].long(), maps=everywhere)[kind]
 
-def taught_value(
-    kind:str, # Of the targets: a key of `check_losses`
-    grad:Tensor, # (bs, 1 or 2), or (bs, *size, 1 or 2) Gradient of the loss, at predictions of 0
-    size:tuple, # Shape of the images
-) -> Tensor: # (bs,), or (bs, *size) for masks and maps
+def _taught_value(kind, grad, size):
     "The value between 0 and 1 that a loss with this gradient teaches for each sample, or each pixel"
     def pure(v):
         z = torch.zeros_like(grad, requires_grad=True)
@@ -87,7 +79,7 @@ def check_mix(
     worst = 0.
     with no_random(): batches = _witness_fit(mixer, kind, size, n_batches)
     for came,copies,x,grad in batches:
-        taught = taught_value(kind, grad, size)
+        taught = _taught_value(kind, grad, size)
         shown = x.flatten(1).mean(1) if taught.ndim==1 else x.mean(1)
         off,i = (taught-shown).abs().flatten().max(0)
         if not off<1e-3: raise AssertionError(f'{mixer!r} shows the model {shown.flatten()[i].item():.3f} of white, but teaches it {taught.flatten()[i].item():.3f}')

@@ -14,14 +14,10 @@ from .blend import *
 from .core import *
 
 # %% auto #0
-__all__ = ['lam_loss', 'mix_real_fake', 'gan_mix_loss', 'GANBatch', 'GANMixUp']
+__all__ = ['mix_real_fake', 'gan_mix_loss', 'GANBatch', 'GANMixUp']
 
 # %% ../nbs/19_gan.ipynb #295868bd
-def lam_loss(
-    pred:Tensor, # (bs, ...) The critic's predictions for mixtures
-    lam:Tensor, # (bs,) Weight of the real sample in each
-    loss_func:callable=F.binary_cross_entropy_with_logits, # Of predictions and weights; `F.binary_cross_entropy` for a critic that ends in a sigmoid
-) -> Tensor: # ()
+def _lam_loss(pred, lam, loss_func=F.binary_cross_entropy_with_logits):
     "How far the critic is from the weight of the real sample"
     return loss_func(as_plain(pred), unsqueeze_as(lam, pred).expand_as(pred).to(pred.dtype))
 
@@ -45,7 +41,7 @@ def gan_mix_loss(
     loss_func:callable=F.binary_cross_entropy_with_logits, # Of predictions and weights
 ) -> Tensor: # ()
     "The critic's loss on mixtures, which it minimises (and which a generator may maximise): section 3.8 of [mixup](https://arxiv.org/abs/1710.09412)"
-    return lam_loss(critic(mix_real_fake(real, fake, lam)), lam, loss_func)
+    return _lam_loss(critic(mix_real_fake(real, fake, lam)), lam, loss_func)
 
 # %% ../nbs/19_gan.ipynb #6dddcf3d
 class GANBatch:
@@ -117,7 +113,7 @@ class GANMixUp(Callback):
     def critic_loss(self, real, fake, pred):
         if not self.was_tried: _check_direction(self.learn.loss_func.gen_loss_func, pred, fake, real)
         self.was_tried = True
-        return lam_loss(pred, self.lam, self.loss_func)
+        return _lam_loss(pred, self.lam, self.loss_func)
 
     def generator_loss(self, real, fake): return -gan_mix_loss(self.learn.loss_func.gan_model.critic, real, fake, self.lam, self.loss_func)
 

@@ -22,7 +22,7 @@ from .plan import *
 from .schedules import *
 
 # %% auto #0
-__all__ = ['unmixed_loss', 'MixHandler', 'change_learner', 'check_single_mixer', 'check_learner', 'check_mixer', 'find_mixer']
+__all__ = ['unmixed_loss', 'MixHandler', 'check_mixer', 'find_mixer']
 
 # %% ../nbs/09_handler.ipynb #0a510bad
 def unmixed_loss(
@@ -53,7 +53,7 @@ class MixHandler(Mixer, Callback):
         "Put back what an exception has left behind; refuse what cannot be trained; begin a new random generator"
         self.learn.loss_func = unmixed_loss(self.learn.loss_func)
         if self.record: self.record.inputs.close()
-        check_learner(self)
+        _check_learner(self)
         check_types(self.learn.dls.train)
         self.set_rng(private_rng())
         if self.second_loader: self.partners.begin_fit(self.learn.dls.train, self.rng)
@@ -61,7 +61,7 @@ class MixHandler(Mixer, Callback):
 
     def before_train(self):
         "Refuse a second mixer, and forget the batch that an interrupted fit has left"
-        check_single_mixer(self.learn)
+        _check_single_mixer(self.learn)
         self.stop()
 
     def restore(self):
@@ -101,7 +101,7 @@ def before_batch(self:MixHandler):
     "Mix the batch, and put the loss that is made for it in place of the learner's own"
     learn,pct = self.learn,getattr(self.learn, 'pct_train', 0.)
     vars(self)['record'] = None   # so that the memory of the last batch is free for this one
-    check_single_mixer(learn)
+    _check_single_mixer(learn)
     try: record = self.mix_batch(learn.xb, learn.yb, unmixed_loss(learn.loss_func), learn.model, pct)
     except Exception:
         if self.schedules: self.schedules.remove_columns()
@@ -139,7 +139,7 @@ def after_backward(self:MixHandler):
 # %% ../nbs/09_handler.ipynb #d898bc56
 @patch
 def __setattr__(self:MixHandler, name, value):
-    if name=='learn': change_learner(self, value)
+    if name=='learn': _change_learner(self, value)
     set_in = object if name in self._transient else Mixer
     set_in.__setattr__(self, name, value)   # without fastai's look for an attribute of this name on the learner
 
@@ -147,10 +147,7 @@ def __setattr__(self:MixHandler, name, value):
 def __getstate__(self:MixHandler): return {k:v for k,v in Mixer.__getstate__(self).items() if k not in self._transient}
 
 # %% ../nbs/09_handler.ipynb #9fd54a8e
-def change_learner(
-    mixer:MixHandler, # On a learner, or not
-    learn:Learner, # The learner that it is added to; None where it is removed
-):
+def _change_learner(mixer, learn):
     "Leave the present learner with its own loss. A second time on the same one is a `ValueError`; on another, a warning"
     old = mixer.learn
     if old is not None:
@@ -245,9 +242,7 @@ def numbers(self:MixHandler,
     return tuple([y if y.is_floating_point() or mixes_losses(f, y, self.y_int) else y.float() for f,y in zip(losses_of(loss_func, len(ys)), ys)])
 
 # %% ../nbs/09_handler.ipynb #fe76afd3
-def check_single_mixer(
-    learn:Learner, # With a mixer
-):
+def _check_single_mixer(learn):
     "A `ValueError` if there is a second one"
     mixers = []
     for cb in learn.cbs:
@@ -256,9 +251,7 @@ def check_single_mixer(
         f'{" and ".join(f"{cb!r} of {type(cb).__module__}" for cb in mixers)} would mix what the other has mixed: combine them, '
         'as in cbs=OneOf(MixUp(.4), CutMix(1.)), or remove one with learn.remove_cb')
 
-def check_learner(
-    mixer:MixHandler, # On a learner
-):
+def _check_learner(mixer):
     "An error where its learner, or a class written for fastai's own mixers, would train something else than it says"
     if hasattr(mixer.learn, 'gan_trainer'): raise ValueError(
         f'{mixer!r} would mix noise and images of a GANLearner: use GANMixUp, which mixes the inputs of its critic')

@@ -17,8 +17,8 @@ from .core import *
 from .plan import *
 
 # %% auto #0
-__all__ = ['Mixtures', 'Lookups', 'OneHot', 'is_compiled', 'check_followed', 'paddings', 'is_padding', 'mix_lookups',
-           'sort_by_padding', 'MixedInputs']
+__all__ = ['Mixtures', 'Lookups', 'OneHot', 'is_compiled', 'paddings', 'is_padding', 'mix_lookups', 'sort_by_padding',
+           'MixedInputs']
 
 # %% ../nbs/08_inputs.ipynb #de6a330c
 class Mixtures(NamedTuple):
@@ -27,6 +27,7 @@ class Mixtures(NamedTuple):
     weights:Tensor # (k, n) Weight of each part
     valid:Tensor # (k, n) Where a part has a weight and is no padding, bool
     labels:tuple=() # Each (bs,): classes that the batch is trained on, which must not be among its inputs
+    uses:set=frozenset() # What the model has made of padding: 'mask', and a 'text' that it looks up
 
 # %% ../nbs/08_inputs.ipynb #be0ec4e2
 class Lookups(Tensor):
@@ -86,6 +87,7 @@ def _follow(f, args, kwargs):
         if name in _moves: return _move(f, xs, run(), run(lambda o: o.at))
         if name in _facts or name.startswith('new_') or name.endswith('_like'): return run()
         if _is_attribute(f) and not isinstance(res := run(), Tensor): return res
+    if kwargs.get('padding_idx') is not None and xs[0].ndim>1: xs[0].mixtures.uses.add('text')
     if name in _of_each and len(xs)==1: return _compute(f, args, xs[0], run)
     raise _refusal(f)
 
@@ -105,13 +107,17 @@ def _compute(f, args, x, run):
     if not isinstance(res, Tensor) or any(o.shape!=res.shape for o in found): raise _refusal(f, 'has no result for each of them')
     if _name(f) in _lookups and (res.is_floating_point() or _name(f)=='one_hot'): return _mix(f, args, x, found, weights)
     if res.shape!=x.shape or res.is_floating_point(): raise _refusal(f, f'makes {res.dtype} of shape {tuple(res.shape)} of them')
-    if res.dtype==torch.bool: return _compare(f, run(), found, valid)
+    if res.dtype==torch.bool: return _compare(f, x.mixtures.uses, run(), found, weights, valid)
     at = torch.arange(x.numel(), device=x.device).view(x.shape)
-    return Lookups(run(), at, Mixtures(torch.stack(found).flatten(1), weights.flatten(1), valid.flatten(1), x.mixtures.labels))
+    return Lookups(run(), at, Mixtures(torch.stack(found).flatten(1), weights.flatten(1), valid.flatten(1), *x.mixtures[3:]))
 
-def _compare(f, res, found, valid):
-    if not any(((o!=res) & v).any() for o,v in zip(found, valid)): return res
-    raise _refusal(f, 'tells the parts of a mixture apart. To mark padding, give its embedding a padding_idx. For the rest')
+def _compare(f, uses, res, found, weights, valid):
+    differs = (torch.stack(found)!=res) & (weights>0)
+    if (differs & valid).any(): raise _refusal(f, _apart)
+    if differs.any(): uses.add('mask')
+    return res
+
+_apart = 'tells the parts of a mixture apart. To mark padding, give its embedding a padding_idx. For the rest'
 
 # %% ../nbs/08_inputs.ipynb #8816f237
 class OneHot(Tensor):
@@ -148,9 +154,7 @@ def _mix(f, args, x, found, weights):
 # %% ../nbs/08_inputs.ipynb #b1e12710
 def is_compiled(m:nn.Module): return isinstance(m, OptimizedModule) or m._compiled_call_impl is not None   # by torch.compile(m), by m.compile()
 
-def check_followed(
-    model:nn.Module, # That looks integers up, or None
-):
+def _check_followed(model):
     "A `TypeError` if it does so in a compiled part, where integers cannot be followed"
     for m in model.modules() if model is not None else []:
         if is_compiled(m) and (m is model or any(isinstance(o, (nn.Embedding,nn.EmbeddingBag)) for o in m.modules())): raise TypeError(
@@ -162,7 +166,7 @@ def paddings(
     model:nn.Module, # Any model, or None
 ) -> list: # int
     "The `padding_idx` of all of its embeddings; a `TypeError` where one is compiled, since integers cannot be followed there"
-    check_followed(model)
+    _check_followed(model)
     return [] if model is None else sorted({getattr(o, 'padding_idx', None) for o in model.modules()} - {None})
 
 # %% ../nbs/08_inputs.ipynb #ab645561
@@ -192,7 +196,7 @@ def mix_lookups(
     values = parts.gather(0, (valid.long() + (weights>0)).argmax(0, keepdim=True))[0]
     at = torch.arange(values.numel(), device=x.device).view(values.shape)
     labels = tuple([plan.unmixed(y).flatten() for y in ys if y.numel()==len(y)==plan.n and not y.is_floating_point()])
-    return Lookups(values, at, Mixtures(parts.flatten(1), weights.flatten(1), valid.flatten(1), labels))
+    return Lookups(values, at, Mixtures(parts.flatten(1), weights.flatten(1), valid.flatten(1), labels, set()))
 
 # %% ../nbs/08_inputs.ipynb #15113f4e
 def sort_by_padding(
@@ -219,5 +223,9 @@ class MixedInputs:
         self.xs = []
         for x in xs: self.xs.append(mix_lookups(plan, x, paddings(model), ys) if is_categorical(x) and plan.is_blended(x) else plan.mix(x))
 
-    def check(self): "After the model: an error if it has not mixed what was left to it"
+    def check(self):
+        "After the model: an error if it has not mixed what was left to it, or has compared parts that only look padded"
+        for x in self.xs:
+            if isinstance(x, Lookups) and x.mixtures.uses=={'mask'}: raise _refusal(Tensor.eq, _apart)
+
     def close(self): "After the batch, however it ended"

@@ -147,9 +147,13 @@ def mix_losses(
     if multi: return _mix_each(multi, plan, pred, yb, mixed, check, y_int)
     c = class_loss(loss_func) if len(yb)==1 and not yb[0].is_floating_point() else None
     if c: return mix_class_loss(c, plan, pred, yb[0])
-    ybs,calls = targets_of_parts(plan, yb, mixed),LossCalls(loss_func, pred, y_int)
-    if check: check_separable(calls, plan.weights, ybs)
-    return mix_values(calls, plan.weights, ybs)
+    return (_mix_calls if is_standard(loss_func) else _mix_own)(LossCalls(loss_func, pred, y_int), plan.weights, targets_of_parts(plan, yb, mixed), check)
+
+def _mix_calls(calls, weights, ybs, check):
+    if check: check_mixable(calls, weights, ybs)
+    return mix_values(calls, weights, ybs)
+
+_mix_own = torch.compiler.disable(_mix_calls)
 
 def _mix_each(multi, plan, pred, yb, mixed, check, y_int):
     def value(f, p, y, m): return mix_losses(f, plan, p, (y,), check=check, y_int=y_int) if m else f(p, y)
@@ -235,6 +239,7 @@ def _check_pairwise(y):
 
 # %% ../nbs/07_losses.ipynb #1f0481e6
 def _mix_target(loss_func, plan, y):
+    if plan.is_blended(y): _check_keyword('weight', loss_option(loss_func, 'weight'), y, len(y))
     if not plan.is_blended(y) or y.is_floating_point() or y.is_complex(): return plan.mix(y)
     if class_loss(loss_func) is None: return plan.mix(y.float())
     raise ValueError(f'y_int=False would blend classes, of shape {tuple(y.shape)}, as numbers, which {loss_func} does not take: '
@@ -311,6 +316,7 @@ def forward(self:MixLoss,
     if 'target' in kwargs: yb = *yb,kwargs.pop('target')
     if 'input' in kwargs: pred = kwargs.pop('input')
     loss_func = partial(self.loss_func, **kwargs) if kwargs else self.loss_func
+    if yb and isinstance(yb[-1], Plan): raise TypeError('The plan of a batch is passed to the loss by name: loss(pred, y, plan=plan)')
     if self.plan is not None: self.calls.append(yb)
     if plan is _unsaid: plan = _remind(pred) if self.plan is None else None
     if plan is not None: targets,mixed = mix_targets(loss_func, plan, yb, self._y_int, self.soft)

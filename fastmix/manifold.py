@@ -23,7 +23,7 @@ from .mixers import *
 from .plan import *
 
 # %% auto #0
-__all__ = ['stages', 'find_layers', 'check_not_compiled', 'LayerPlan', 'HiddenLayer', 'has_way_around', 'ManifoldMixUp']
+__all__ = ['stages', 'find_layers', 'LayerPlan', 'HiddenLayer', 'ManifoldMixUp']
 
 # %% ../nbs/11_manifold.ipynb #c61794c2
 def _is_sequence(m): return type(m).forward is nn.Sequential.forward   # and no subclass that does something else
@@ -69,10 +69,7 @@ def find_layers(
     raise ValueError(f'layers must name what to mix behind, but it is {layers!r}')
 
 # %% ../nbs/11_manifold.ipynb #56aa6452
-def check_not_compiled(
-    model:nn.Module, # Whose layers they are
-    layers:list, # Names
-):
+def _check_not_compiled(model, layers):
     "A `TypeError` if one of `layers` is compiled, or a part of what is: nothing can be mixed there"
     for name in layers:
         parts = name.split('.') if name!='input' else []
@@ -175,11 +172,7 @@ def _permuted(model, layer, xb, training):
         finally: hook.remove()
     return (plain,want,got) if calls==[None] else None   # what is wrong with it is said in the batch itself
 
-def has_way_around(
-    model:nn.Module, # As a `Learner` has it
-    layer:str, # Name of a layer
-    xb:tuple, # Inputs
-) -> bool: # None where it does not show, as with a last layer of zeros
+def _has_way_around(model, layer, xb):
     "Does something lead from the inputs to the predictions without going through `layer`?"
     if any(map(is_lazy, model.parameters())): return None
     with _predicting(model, True) as predict: n = len(predict(xb))
@@ -210,7 +203,7 @@ class ManifoldMixUp(MixUp):
         "Check that the layers are there, and begin"
         model = get_model(self.learn.model)
         names = find_layers(getattr(model, '_orig_mod', model), self.layers)
-        check_not_compiled(model, names)
+        _check_not_compiled(model, names)
         self.checked = {'input'}
         super().before_fit()
 
@@ -222,13 +215,13 @@ class ManifoldMixUp(MixUp):
 
     def mix_inputs(self, plan, xs, model=None, ys=()):
         if plan.layer=='input': return super().mix_inputs(plan, xs, model, ys)
-        check_not_compiled(get_model(model), [plan.layer])
+        _check_not_compiled(get_model(model), [plan.layer])
         if plan.layer not in self.checked and all(x.is_floating_point() for x in xs): self.check_layer(plan, xs, model)
         return HiddenLayer(plan, xs, model)
 
     def check_layer(self, plan, xs, model):
-        "A `ValueError` if the layer has a way around it: tried once a fit, where the model can be called with the inputs of a batch"
-        try: around = has_way_around(model, plan.layer, self.learn.xb if self.learn else tuple(x[:len(plan.pairs)] for x in xs))
+        "A `ValueError` if the layer has a way around it: tried once a fit, where the model can be called with the inputs of a batch; in Lightning, ways in `forward` only are found"
+        try: around = _has_way_around(model, plan.layer, self.learn.xb if self.learn else tuple(x[:len(plan.pairs)] for x in xs))
         except Exception:
             if self.learn: raise
             around = False   # a module of Lightning that has no `forward` of these inputs

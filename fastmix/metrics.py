@@ -35,7 +35,9 @@ class MixMetric(Metric):
     "`metric` on each target of a mixed training batch, by its weight; elsewhere `metric` itself"
     def __init__(self,
         metric, # A fastai metric: a function of predictions and targets, or a `Metric`
-    ): self.metric = mk_metric(metric)
+    ):
+        self.metric = mk_metric(metric)
+        if isinstance(metric, (MixMetric,CleanLoss)): raise TypeError(f'{metric.name} is of mixed batches already: pass it to the learner as it is')
 
     def reset(self):
         self.metric.reset()
@@ -73,7 +75,7 @@ def _values(func, pred, yb):
 
 def _accumulate(metric, learn, yb, weight):
     "Accumulate the predictions of `learn` with the targets `yb`, and return how many samples these weigh"
-    if not isinstance(weight, Tensor) or not isinstance(metric, AvgMetric):
+    if not isinstance(weight, Tensor) or type(metric).accumulate is not AvgMetric.accumulate:
         metric.accumulate(_WithTargets(learn, yb))
         return weight.sum().item() if isinstance(weight, Tensor) else weight*find_bs(yb)
     values,n = _values(metric.func, learn.pred, yb),weight.sum().item()
@@ -101,6 +103,8 @@ class CleanLoss(Metric):
 
     def accumulate(self, learn):
         record,bs = _record(learn),find_bs(learn.yb)
+        if record and any(a is not b for a,b in zip(tensors_in(learn.xb), tensors_in(record.mixed_xb))): raise RuntimeError(
+            'A callback has changed the inputs of this batch after they were mixed, so what the loss would be without mixing is not known: give it an `order` below 9.5')
         loss = self.loss(learn, record.xb, record.yb) if record else learn.loss.mean()
         self.total,self.count = self.total + learn.to_detach(loss)*bs,self.count+bs
 
@@ -135,8 +139,10 @@ def _labelled(loss_func, probs, targs):
     raise ValueError(f'Calibration needs one class for each sample, but predictions have the shape {tuple(probs.shape)} and targets {tuple(targs.shape)}, {targs.dtype}')
 
 def _as_probs(loss_func, pred):
-    "Probabilities of classes, by the loss's own `activation` if it has one"
-    return getattr(loss_func, 'activation', partial(F.softmax, dim=1))(pred)
+    "Probabilities of classes: by the loss's own `activation`, or as the model predicts them, or by softmax"
+    probs = getattr(loss_func, 'activation', noop)(pred)
+    is_done = probs is not pred or pred.min()>=0 and torch.allclose(pred.sum(1), torch.ones((), dtype=pred.dtype, device=pred.device), atol=1e-3)
+    return probs if is_done else F.softmax(pred, 1)
 
 class CalibrationError(AccumMetric):
     "Expected calibration error of classes, as torchmetrics computes it; it ranges from 0 to 1"
@@ -175,9 +181,8 @@ def plot_calibration(self:Learner,
     **kwargs # For `plt.subplots`
 ) -> plt.Axes:
     "Draw a reliability diagram: accuracy over confidence, and how often each confidence occurs; the title has the expected calibration error"
-    with self.no_bar(): probs,targs = self.get_preds(ds_idx, dl)
-    if not hasattr(self.loss_func, 'activation'): probs = _as_probs(self.loss_func, probs)
-    conf,acc,fraction = calibration_bins(*_labelled(self.loss_func, probs, targs), n_bins)
+    with self.no_bar(): pred,targs = self.get_preds(ds_idx, dl, act=noop)
+    conf,acc,fraction = calibration_bins(*_labelled(self.loss_func, _as_probs(self.loss_func, pred), targs), n_bins)
     ax,left = ax or plt.subplots(**kwargs)[1],torch.arange(n_bins)/n_bins
     ax.bar(left, fraction, 1/n_bins, align='edge', color='.8', label='fraction of predictions')
     ax.plot([0,1], [0,1], 'k:', lw=1)

@@ -20,7 +20,7 @@ from .mixer_base import value_at
 from .plan import *
 
 # %% auto #0
-__all__ = ['mix_caption', 'decode_rows', 'decode_mix']
+__all__ = ['mix_caption', 'decode_mix']
 
 # %% ../nbs/12_show.ipynb #9b5f42da
 def _words(o):
@@ -41,11 +41,7 @@ def mix_caption(
     return f'{res} = {sum(w*y for w,y in zip(weights, ys)):.3g}' if number else res
 
 # %% ../nbs/12_show.ipynb #18c7044a
-def decode_rows(
-    dls:DataLoaders, # How items are decoded
-    b:tuple, # Batch
-    max_n:int=9, # Decode so many samples at most
-) -> list: # Items; of a table, each input is the whole row, a dict
+def _decode_rows(dls, b, max_n=9):
     "The samples of a batch in the words of the data"
     if not isinstance(dls.train, TabDataLoader): return dls.train.decode_batch(b, max_n=max_n, full=False)
     rows = dls.train.decode(tuple(o[:max_n] for o in b)).decode()
@@ -62,7 +58,7 @@ def decode_mix(
     "The items of a mixed batch, and their targets before they were mixed, in the words of the data"
     blended,inputs = list(map(plan.is_blended, yb)),map_tensors(lambda o: o[:max_n], inputs)
     targets = targets_of_parts(plan, tuple(y if b else plan.mix(y) for y,b in zip(yb, blended)), blended) or [()]
-    parts = [decode_rows(dls, (*inputs, *(y[:max_n] for y in ys)), max_n) for ys in targets]
+    parts = [_decode_rows(dls, (*inputs, *(y[:max_n] for y in ys)), max_n) for ys in targets]
     return parts[0],[list(zip(*(o[dls.n_inp:] for o in item))) for item in zip(*parts)],blended
 
 # %% ../nbs/12_show.ipynb #73861a6e
@@ -88,7 +84,7 @@ def _lay_over(saliency, ctx):
 def _mix_table(dls, plan, xb, yb, max_n):
     "A batch of a table as a `DataFrame`; `yb` of partners that have none are left out"
     pairs,weights = plan.pairs[:max_n],plan.sample_weights.tolist()
-    def rows(j): return decode_rows(dls, (*(x[j] for x in xb), *(y[j if len(y)==len(xb[0]) else pairs[:,0]] for y in yb)), max_n)
+    def rows(j): return _decode_rows(dls, (*(x[j] for x in xb), *(y[j if len(y)==len(xb[0]) else pairs[:,0]] for y in yb)), max_n)
     def cell(name, ws, values):
         if name in dls.train.cont_names: return sum(w*v for w,v in zip(ws, values))
         return values[0] if len(set(values))==1 else mix_caption(ws, values)

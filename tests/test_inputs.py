@@ -459,6 +459,21 @@ def test_padding_of_a_text_is_none_of_other_inputs(flag):
     dls = mk_dls([torch.randint(1, 9, (32,3)),(torch.arange(32)%2)[:,None]], [torch.arange(32)%4], n_inp=2)
     with pytest.raises(TypeError, match='tells the parts of a mixture apart'): quiet_fit(mk_learn(dls, Gated(flag), cbs=MixUp(1.)))
 
+class Segments(nn.Module):
+    "A text, and the segments of its words: a first and a second sentence"
+    def __init__(self, look):
+        super().__init__()
+        self.words,self.segments,self.out,self.look = nn.Embedding(9, 4, padding_idx=0),nn.Embedding(2, 4),nn.Linear(4, 4),look
+    def forward(self, t, s): return self.out((self.words(t)*(t!=0)[...,None] + self.look(self, s)).sum(1))
+
+def test_segments_that_look_padded_are_none():
+    "0s in front of 1s, and another embedding whose padding is 0: compared, they are refused; looked up, they are mixed"
+    def learn(look): return mk_learn(mk_dls([torch.randint(1, 9, (32,6)),segments], [torch.arange(32)%4], n_inp=2), Segments(look), cbs=MixUp(1.))
+    segments = (torch.arange(6)>=torch.randint(1, 6, (32,1))).long()
+    for look in [lambda m,s: (s==1)[...,None].float(), lambda m,s: m.segments(s)*(s>0)[...,None], lambda m,s: m.words(s[:,0])[:,None]*(s!=0)[...,None]]:
+        with pytest.raises(TypeError, match='tells the parts of a mixture apart. .*padding_idx'): quiet_fit(learn(look))
+    quiet_fit(learn(lambda m,s: m.segments(s)))
+
 @pytest.mark.parametrize('x,padded', [([[4,5,0],[7,0,0]],2), ([[0,0,3],[0,4,5]],2), ([[0,3,0],[1,2,3]],1), ([[3,0,4],[1,2,0]],0),
     ([[0,0,0],[1,2,3]],0), ([[0],[3]],0), ([0,3],0)], ids=['behind','in front','both','between','nothing else','a column','one integer'])
 def test_where_a_text_is_padded(x, padded): assert is_padding(torch.tensor(x), [0]).any(-1).sum()==padded

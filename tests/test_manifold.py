@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models import densenet121, vgg11
 from fastmix import show
 from fastmix.data import digit_images, image_dls
-from fastmix.manifold import ManifoldMixUp, find_layers, has_way_around, stages
+from fastmix.manifold import ManifoldMixUp, find_layers, _has_way_around, stages
 from fastmix.mixers import MixUp
 from fastmix.partners import SecondLoader
 from helpers import Record, class_dls, mk_dls, mk_learn, quiet_fit
@@ -364,7 +364,7 @@ def test_looking_for_a_way_around_changes_nothing():
     model = mk()
     model[1].eval()
     x,state,random = torch.rand(8, 6),deepcopy(model.state_dict()),torch.get_rng_state()
-    assert has_way_around(model, '1', (x,)) is False
+    assert _has_way_around(model, '1', (x,)) is False
     assert all(map(torch.equal, state.values(), model.state_dict().values())) and torch.get_rng_state().equal(random)
     assert not model[1].training and model[2].training and is_clean(model)
 

@@ -6,7 +6,8 @@ from fastai.callback.mixup import MixUp as FastaiMixUp
 from fastai.callback.rnn import RNNCallback
 from fastai.data.block import CategoryBlock
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
-from fastai.metrics import F1Score, F1ScoreMulti, accuracy, accuracy_multi, foreground_acc, mse
+from fastai.losses import BaseLoss
+from fastai.metrics import AvgMetric, F1Score, F1ScoreMulti, accuracy, accuracy_multi, foreground_acc, mse
 from fastai.tabular.all import Categorify, TabularDataLoaders, tabular_learner
 from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_clas_config
 from fastai.text.models.core import get_text_classifier
@@ -328,3 +329,48 @@ def test_the_clean_loss_sets_modes_only():
         def before_batch(self): assert not model.merged
         def after_batch(self): assert not model.merged
     train(class_dls(), [CleanLoss()], MixUp(1.), model, cbs=[Look()])
+
+class OfTwoClasses(AvgMetric):
+    "What it accumulates is its own"
+    def accumulate(self, learn):
+        keep = learn.y<2
+        self.total += self.func(learn.pred[keep], learn.y[keep])*keep.sum()
+        self.count += keep.sum()
+
+def test_a_metric_with_an_accumulate_of_its_own():
+    found,batches,_ = train(class_dls(), MixMetric(OfTwoClasses(accuracy)), MixUp(1., per_batch=True))
+    right,all_ = 0,0
+    for i in range(2):   # the samples, then their partners, each by the mean of its weight
+        of_part = [(p.argmax()==y).item() for b in batches for p,y in zip(b['pred'], b['yb'][0][b['plan'].pairs[:,i]]) if y<2]
+        weight = sum(b['plan'].sample_weights[:,i].sum().item() for b in batches)
+        right,all_ = right+weight*np.mean(of_part),all_+weight
+    assert found['train_mix_accuracy']==pytest.approx(right/all_, abs=1e-4)
+
+@pytest.mark.parametrize('metric', [MixMetric(accuracy), CleanLoss()], ids=name_of)
+def test_a_metric_of_mixed_batches_is_not_mixed_again(metric):
+    with pytest.raises(TypeError, match='as it is'): MixMetric(metric)
+
+def test_the_clean_loss_of_inputs_that_are_changed_after_mixing():
+    class Centre(Callback):
+        def __init__(self, order): self.order = order
+        def before_batch(self): self.learn.xb = self.x-.5,
+    train(class_dls(), CleanLoss(), MixUp(1.), cbs=[Centre(-1)])
+    with pytest.raises(RuntimeError, match='`order` below 9.5'): train(class_dls(), CleanLoss(), MixUp(1.), cbs=[Centre(11)])
+
+def nll_of_probs(p, y): return F.nll_loss(p.clamp_min(1e-6).log(), y)
+
+last_layers = [(BaseLoss(nn.CrossEntropyLoss, axis=-1),nn.Identity()), (nll_of_probs,nn.Softmax(1)), (BaseLoss(nn.NLLLoss, axis=-1),nn.LogSoftmax(1))]
+
+@pytest.mark.parametrize('loss_func,last', last_layers, ids=['no activation','probabilities','their logarithm'])
+def test_calibration_makes_probabilities_once(loss_func, last):
+    "Of logits in 0..1, which could be taken for probabilities"
+    torch.manual_seed(1)
+    body = nn.Sequential(nn.Flatten(), nn.LazyLinear(4), nn.Sigmoid())
+    learn = mk_learn(class_dls(), nn.Sequential(body, last), loss_func, metrics=CalibrationError())
+    with learn.no_bar(),learn.no_logging():
+        logits,targs = learn.get_preds(act=lambda o: o)
+        probs = logits if isinstance(last, nn.Softmax) else logits.softmax(1)
+        want = TorchCalibration('multiclass', num_classes=4)(probs, targs).item()
+        assert learn.validate()[1]==pytest.approx(want, abs=1e-5)
+        assert learn.plot_calibration().get_title()==f'calibration error {100*want:.1f} %'
+    plt.close()

@@ -71,7 +71,7 @@ class Caches(nn.Module):
     "What it makes at its first call is there at the others"
     reduction = 'mean'
     def forward(self, p, y):
-        if not hasattr(self, 'scale'): self.scale = 1/(1+y[0])
+        if not hasattr(self, 'scale'): self.scale = 1/(1+F.cross_entropy(p, y).detach())
         return F.cross_entropy(p, y, reduction=self.reduction)*self.scale
 
 def on_function(p, y):
@@ -137,7 +137,8 @@ def test_a_memory_moves_on_once_a_batch(make):
     for n in 1,2,3: torch.testing.assert_close(loss(pred, y, plan=swap), mixed(ce)/n)
 
 def test_what_is_made_at_the_first_call_is_made_at_each():
-    torch.testing.assert_close(MixLoss(Caches())(pred, y, plan=swap), .7*F.cross_entropy(pred, y) + .3*F.cross_entropy(pred, y[swap.idx])/(1+y[-1]))
+    def scaled(u): return u/(1+u)
+    torch.testing.assert_close(MixLoss(Caches())(pred, y, plan=swap), .7*scaled(F.cross_entropy(pred, y)) + .3*scaled(F.cross_entropy(pred, y[swap.idx])))
 
 def test_random_numbers_are_those_of_one_call():
     "And are drawn once"
@@ -185,7 +186,7 @@ def told_learner(loss_func, **kwargs):
 def test_a_loss_of_other_labels_than_its_targets(loss_func):
     learn = told_learner(loss_func)
     before = [o.clone() for o in learn.model.parameters()]
-    with pytest.raises(ValueError, match='the same for both targets of a mixture.*y_int=False'): quiet_fit(learn)
+    with pytest.raises(ValueError, match='the same for both targets of a mixture.*y_int=False|same samples in another order'): quiet_fit(learn)
     assert all(map(torch.equal, before, learn.model.parameters()))
 
 def test_a_loss_of_no_labels():
@@ -389,7 +390,7 @@ class Centres(nn.Module):
         self.register_buffer('c', torch.eye(4))
         self.how = how
     def forward(self, p, y):
-        new = self.c.clone().index_put((y,), p.detach())
+        new = self.c.index_add(0, y, p.detach())
         if self.how=='data': self.c.data.copy_(new)
         elif self.how=='in place': self.c[:] = new
         else: self.c = new
@@ -403,7 +404,7 @@ def test_gradients_of_what_is_written_in_place(how):
     q = pred.clone().requires_grad_()
     want = torch.autograd.grad(.7*Centres('new')(q, y) + .3*Centres('new')(q, y[swap.idx]), q)[0]
     torch.testing.assert_close(got, want)
-    torch.testing.assert_close(f.c, torch.eye(4).index_put((y,), pred))
+    torch.testing.assert_close(f.c, torch.eye(4).index_add(0, y, pred))
 
 def test_what_is_attached_to_predictions():
     p = pred.clone().requires_grad_()*1
@@ -523,3 +524,117 @@ class Slotted:
 def test_a_method_of_an_object_with_slots():
     want = .7*F.cross_entropy(2*pred, y) + .3*F.cross_entropy(2*pred, y.roll(1))
     torch.testing.assert_close(MixLoss(Slotted(2.).loss)(pred, y, plan=swap), want)
+
+# What a loss knows of each sample, besides its targets
+class Meter:
+    "A plain object of one's own"
+    def __init__(self): self.n = 0
+
+class Histories(nn.Module):
+    "What it remembers is deep in many things"
+    def __init__(self):
+        super().__init__()
+        self.lists,self.array,self.meter = [deque() for _ in range(200)],np.empty(4, object),Meter()
+        self.array[:] = [[] for _ in range(4)]
+    def forward(self, p, y):
+        u = ce(p, y)
+        for c,v in zip(y.tolist(), u.tolist()): self.lists[190+c].append(v), self.array[c].append(v)
+        self.meter.n += 1
+        return u.mean()/self.meter.n
+
+def test_a_memory_that_is_far_away():
+    f = Histories()
+    for n in 1,2: torch.testing.assert_close(MixLoss(f)(pred, y, plan=swap), mixed(ce)/n)
+    assert sum(map(len, f.lists))==sum(map(len, f.array))==12 and f.meter.n==2
+    assert f.lists[190][0]==f.array[0][0]==ce(pred, y)[0]
+
+def test_a_memory_in_a_tuple_is_refused():
+    class Statistics(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stats = torch.zeros(4),
+        def forward(self, p, y):
+            self.stats[0].index_add_(0, y, torch.ones(len(y)))
+            return F.cross_entropy(p, y)
+    with pytest.raises(ValueError, match='in a tuple'): MixLoss(Statistics())(pred, y, plan=swap)
+
+class SampleWeights(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = torch.linspace(.5, 3, 6)
+    def forward(self, p, y): return (ce(p, y)*self.w).mean()
+
+weight = torch.linspace(.5, 3, 6)
+def weighted(p, y, w=weight): return (ce(p, y)*w).mean()
+
+@pytest.mark.parametrize('f', [SampleWeights(), partial(weighted, w=weight), weighted, lambda p,y: F.cross_entropy(p[:3], y[:3])], ids=['attribute','keyword','default','first half'])
+def test_weights_of_samples_that_are_no_targets(f):
+    with pytest.raises(ValueError, match='same samples in another order.*further target'): MixLoss(f)(pred, y, plan=swap)
+
+@pytest.mark.parametrize('f', [nn.BCEWithLogitsLoss(weight=weight[:,None]), partial(F.binary_cross_entropy_with_logits, weight=weight[:,None])], ids=['module','function'])
+def test_weights_of_samples_in_a_loss_of_labels(f):
+    with pytest.raises(ValueError, match=r'weight, of shape \(6, 1\)|same samples in another order'): MixLoss(f)(pred, F.one_hot(y).float(), plan=sides)
+    MixLoss(nn.BCEWithLogitsLoss(weight=torch.ones(4)))(pred, F.one_hot(y).float(), plan=sides)   # of classes
+
+def test_weights_of_samples_as_many_as_rows_of_a_mask():
+    def f(p, y, w=None, reduction='mean'):
+        u = F.cross_entropy(p, y, reduction='none')*w[:,None,None]
+        return u.mean() if reduction=='mean' else u
+    with pytest.raises(ValueError, match='same samples in another order'): MixLoss(f)(torch.randn(6, 4, 6, 6), torch.randint(4, (6,6,6)), w=weight, plan=sides)
+
+def test_predictions_that_have_time_first_are_not_put_into_another_order():
+    p = torch.randn(9, 6, 4)
+    def f(p, y): return F.cross_entropy(p.mean(0), y)
+    torch.testing.assert_close(MixLoss(f)(p, y, plan=swap), mixed(ce, p=p.mean(0)))
+
+# Own means
+class OwnMean(nn.Module):
+    reduction = 'mean'
+    def __init__(self, extra=0):
+        super().__init__()
+        self.extra = extra
+    def forward(self, p, y):
+        u = F.cross_entropy(p, y, reduction=self.reduction)
+        return u + self.extra*p.square().mean() if self.reduction=='mean' else u
+
+def test_an_ignored_label_is_found_wherever_it_is():
+    for i in range(6):
+        target = y.clone()
+        target[i] = -100
+        for seed in range(4):
+            plan = Plan.of(torch.randperm(6, generator=torch.Generator().manual_seed(seed)), torch.linspace(.5, 1., 6))
+            with pytest.raises(ValueError, match='cannot be mixed sample by sample'): MixLoss(OwnMean())(pred, target, plan=plan)
+
+def test_a_small_term_of_the_mean_alone():
+    with pytest.raises(ValueError, match='cannot be mixed sample by sample'): MixLoss(OwnMean(1e-4))(pred, y, plan=sides)
+
+class Proxy(nn.Module):
+    "The mean over labels that are known, by a product that autocast makes in half precision"
+    reduction = 'mean'
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.eye(4))
+    def forward(self, p, y):
+        u = (1-F.linear(F.normalize(p), self.w).gather(1, (y*(y>=0))[:,None])[:,0])*(y>=0)
+        return u if self.reduction=='none' else u.sum()/(y>=0).sum()
+
+def test_half_precision():
+    target,p = torch.arange(64)%4,torch.randn(64, 4)
+    target[:2] = -1
+    plan = Plan.of(torch.arange(64).roll(1), torch.linspace(.5, 1., 64))
+    with torch.autocast('cpu', torch.bfloat16), pytest.raises(ValueError, match='cannot be mixed sample by sample'): MixLoss(Proxy())(p, target, plan=plan)
+    target = target.abs()
+    torch.testing.assert_close(MixLoss(Proxy().bfloat16())(p.bfloat16(), target, plan=plan), MixLoss(Proxy())(p, target, plan=plan), rtol=.02, atol=.02)
+
+def test_a_compiled_step():
+    "It leaves the graph for a loss of your own, which is tried as elsewhere"
+    for f,target in (OwnMean(),y),(OwnMean(),y.where(y>0, -100)),(Counts(),y):
+        loss,plan = MixLoss(f),swap if isinstance(f, Counts) else sides
+        step = torch.compile(lambda p,t,plan: loss(p, t, plan=plan), backend='eager')
+        if (target<0).any():
+            with pytest.raises(ValueError, match='cannot be mixed sample by sample'): step(pred, target, plan)
+        else: torch.testing.assert_close(step(pred, target, plan), mixed(ce, plan))
+    assert f.n==1
+
+def test_a_plan_by_position():
+    with pytest.raises(TypeError, match='plan=plan'): MixLoss(nn.CrossEntropyLoss())(pred, y, swap)
