@@ -237,6 +237,16 @@ def _check_pairwise(y):
         'seems to hold a value for each pair of samples, and the pairs of mixtures have none: have the loss compute it of targets that each sample has')
     if y.is_floating_point() or y.dtype==torch.bool: warn(f'A target of shape {tuple(y.shape)} is taken for {len(y)} values of each sample, not for a value of each pair of samples, which cannot be mixed')
 
+# %% ../nbs/07_losses.ipynb #b4fe2fe9
+def _check_keyword(name, o, pred, bs):
+    "A `ValueError` if the keyword `name` holds a value for each sample, which would have to be mixed"
+    for v in tensors_in(o):
+        if v is not o: _check_keyword(name, v, pred, bs)
+    if not isinstance(o, Tensor) or not o.ndim or len(o)!=bs: return
+    by_class = isinstance(pred, Tensor) and o.ndim==1 and len(o) in pred.shape[1:]
+    if not by_class: raise ValueError(f'{name}, of shape {tuple(o.shape)}, seems to belong to the samples, which are mixed: '
+        'pass it to the loss by position, as a further target of the batch')
+
 # %% ../nbs/07_losses.ipynb #1f0481e6
 def _mix_target(loss_func, plan, y):
     if plan.is_blended(y): _check_keyword('weight', loss_option(loss_func, 'weight'), y, len(y))
@@ -335,12 +345,3 @@ def _remind(pred):
     "Warn of predictions that are trained without a plan"
     trains = torch.is_grad_enabled() and not torch.compiler.is_compiling() and any(o.requires_grad for o in tensors_in(pred) if isinstance(o, Tensor))
     if trains: warn('MixLoss trains without a plan, as if nothing was mixed: pass it the plan of the batch, loss(pred, y, plan=plan), or plan=None where nothing is')
-
-def _check_keyword(name, o, pred, bs):
-    "A `ValueError` if the keyword `name` holds a value for each sample, which would have to be mixed"
-    for v in tensors_in(o):
-        if v is not o: _check_keyword(name, v, pred, bs)
-    if not isinstance(o, Tensor) or not o.ndim or len(o)!=bs: return
-    by_class = isinstance(pred, Tensor) and o.ndim==1 and len(o) in pred.shape[1:]
-    if not by_class: raise ValueError(f'{name}, of shape {tuple(o.shape)}, seems to belong to the samples, which are mixed: '
-        'pass it to the loss by position, as a further target of the batch')

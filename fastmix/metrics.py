@@ -37,7 +37,7 @@ class MixMetric(Metric):
         metric, # A fastai metric: a function of predictions and targets, or a `Metric`
     ):
         self.metric = mk_metric(metric)
-        if isinstance(metric, (MixMetric,CleanLoss)): raise TypeError(f'{metric.name} is of mixed batches already: pass it to the learner as it is')
+        if isinstance(metric, MixMetric): raise TypeError(f'{metric.name} is of mixed batches already: pass it to the learner as it is')
 
     def reset(self):
         self.metric.reset()

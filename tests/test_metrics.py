@@ -346,9 +346,8 @@ def test_a_metric_with_an_accumulate_of_its_own():
         right,all_ = right+weight*np.mean(of_part),all_+weight
     assert found['train_mix_accuracy']==pytest.approx(right/all_, abs=1e-4)
 
-@pytest.mark.parametrize('metric', [MixMetric(accuracy), CleanLoss()], ids=name_of)
-def test_a_metric_of_mixed_batches_is_not_mixed_again(metric):
-    with pytest.raises(TypeError, match='as it is'): MixMetric(metric)
+def test_a_metric_of_mixed_batches_is_not_mixed_again():
+    with pytest.raises(TypeError, match='as it is'): MixMetric(MixMetric(accuracy))
 
 def test_the_clean_loss_of_inputs_that_are_changed_after_mixing():
     class Centre(Callback):
