@@ -82,6 +82,14 @@ def no_echo(cell):
     "Let nbconvert leave out the code that Quarto would"
     if cell.directives_.get('echo')=='false': cell.metadata['transient'] = dict(remove_source=True)
 
+def as_image(cell):
+    "Leave out scripts, and take the image of what is one elsewhere"
+    if cell.cell_type!='code': return
+    cell.outputs = [o for o in cell.outputs if '<script' not in ''.join(o.get('data', {}).get('text/html', ''))]
+    for o in cell.outputs:
+        if 'image/png' in o.get('data', {}): o['data'].pop('text/html', None)
+    cell.metadata['alt'] = cell.directives_.get('fig-alt', '')
+
 def readme():
     "Write README.md and its images"
     from fastcore.nbio import nb2str
@@ -90,7 +98,7 @@ def readme():
     from nbdev.processors import clean_magics, filter_stream_, hide_, hide_line, rm_export, strip_ansi
     import nbformat
     pics = cfg.config_path/'index_files'
-    procs = [from_root, no_echo, hide_line, strip_ansi, filter_stream_, rm_export, clean_magics, hide_]
+    procs = [from_root, no_echo, as_image, hide_line, strip_ansi, filter_stream_, rm_export, clean_magics, hide_]
     nb = NBProcessor(cfg.nbs_path/cfg.readme_nb, procs, rm_directives=True)
     nb.process()
     nb.nb.metadata['language_info'] = dict(name='python')  # the colours of the code; nbdev-clean removes it
@@ -99,6 +107,7 @@ def readme():
     for f,data in res['outputs'].items():
         pics.mkdir(exist_ok=True)
         (cfg.config_path/f).write_bytes(data)
+    for i,cell in enumerate(nb.nb.cells): md = md.replace(f'![png]({pics.name}/output_{i}_', f'![{cell.metadata.get("alt", "")}]({pics.name}/output_{i}_')
     md = re.sub(r'<style>.*?</style>', '', md, flags=re.DOTALL)  # a code host would show its text
     (cfg.config_path/'README.md').write_text(re.sub(r'\n(\s*\n)+', '\n\n', md).strip()+'\n', encoding='utf-8')
 

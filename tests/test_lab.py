@@ -1,13 +1,17 @@
 "The experiments behind the evidence: runs that resume, hyper-parameters that are chosen without the test set, tests of a difference, and toys"
-import itertools, random
+import csv, itertools, json, random
+from collections import defaultdict
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
+from fastcore.foundation import L
+from scipy import stats
 from scipy.stats import ttest_rel
 from statsmodels.stats.multitest import multipletests
 from torch import nn
 from torch.testing import assert_close
 from fastai.basics import CrossEntropyLossFlat, Learner
 from fastmix.lab import scale
-from fastmix.lab.evidence import attack, attackable, best_runs, by_seed, changed, choose, compare, element, fashion_dls, fashion_mnist, holm, mean_spread
+from fastmix.lab.claims import all_claims, claims_table, plot_claims
+from fastmix.lab.evidence import attack, attackable, best_runs, by_seed, changed, choose, compare, fashion_dls, fashion_mnist, holm, mean_spread
 from fastmix.lab.evidence import memory, misled, paired, plot_dots, plot_seeds, read_runs, run_missing, tensor_dls, to_floats
 from fastmix.lab.toys import GaussianBatches, grid_centres, mode_coverage, ring_centres
 
@@ -141,43 +145,69 @@ places = dict(calibration=['network'], calibration_toys=['toy_name'], corrupt_la
 
 def runs_of(root, name): return read_runs(root/f'nbs/tutorials/runs/{name}.csv')
 
-@pytest.mark.parametrize('line', [
-    ('calibration', dict(network='mlp'), 'error', 'calibration error', 'ERM', 'MixUp(.4)', 'lower'),
-    ('calibration', dict(network='cnn'), 'error', 'calibration error', 'ERM', 'MixUp(.4)', 'lower'),
-    ('corrupt_labels', dict(noise=.5, lr=.003), 'error', 'train error, random', 'ERM', 'mixup(32)', 'higher'),
-    ('calibration', dict(network='mlp'), 'loss', 'calibration error', 'ERM', 'MixUp(.4)', 'lower'),
-    ('calibration', dict(network='cnn'), 'loss', 'calibration error', 'ERM', 'MixUp(.4)', 'lower'),
-    ('generalisation', dict(network='cnn', n=5000), 'error', 'error', 'ERM', 'MixUp(.4)', 'lower'),
-    ('generalisation', dict(network='cnn', n=60_000, test=True), None, 'error', 'ERM', 'MixUp(.4)', 'lower'),
-    ('generalisation', dict(network='cnn', n=5000), 'error', 'error', 'ERM', 'CutMix', 'lower'),
-    ('generalisation', dict(network='cnn', n=1000), 'error', 'error', 'ERM', 'MixUp(.4)', 'no difference found'),
-    ('generalisation', dict(network='cnn', n=20_000), 'error', 'error', 'ERM', 'MixUp(.4)', 'no difference found'),
-    ('scale', dict(width=16, n=5000), None, 'error', 'ERM', 'MixUp(.4)', 'no difference found'),
-    ('scale', dict(width=16, n=60_000), None, 'error', 'ERM', 'MixUp(.4)', 'no difference found'),
-    ('scale', dict(width=16, n=60_000), None, 'calibration error', 'ERM', 'MixUp(.4)', 'higher'),
-    ('corrupt_labels', dict(noise=.5), 'error', 'error', 'ERM', 'mixup(1)', 'higher'),
-    ('corrupt_labels', dict(noise=.5), 'error', 'error', 'dropout', 'mixup(1)', 'higher'),
-    ('adversarial', dict(network='cnn'), 'error', 'ten steps', 'ERM', 'MixUp(.4)', 'higher'),
-    ('scale', dict(width=16, n=5000), None, 'ten steps, made elsewhere', 'ERM', 'MixUp(.4)', 'lower'),
-    ('scale', dict(width=16, n=5000), None, 'ten steps', 'ERM', 'MixUp(.4)', 'no difference found'),
-    ('gans', dict(target='ring'), None, 'late_good', 'ERM', 'α = 0.2', 'no difference found'),
-    ('gans', dict(target='grid'), None, 'late_good', 'ERM', 'α = 0.2', 'lower'),
-], ids=lambda o: f'{o[0]} {o[2]} {o[3]} {o[5]} {list(o[1].values())}')
-def test_the_landing_page_says_what_the_runs_say(root, line):
-    name,where,by,y,base,arm,so = line
-    runs = runs_of(root, name)
-    runs = runs[(runs[list(where)]==pd.Series(where)).all(axis=1)]
-    if by: runs = best_runs(runs, over[name], by)
-    if isinstance(runs[y].iloc[0], list): runs = element(runs, y, 3 if 'elsewhere' in y else 2)
-    found = compare(runs, y, base)
-    assert found.so[arm]==so
-    assert f'{found["mean"][base]} → {found["mean"][arm]}'.replace('\xa0', ' ') in (root/'README.md').read_text().replace('\xa0', ' ')
+charted = [   # the name in the chart, where its runs are, how the arms were chosen, what is compared, and what was found
+    ('better calibrated: small models', 'calibration', dict(network='mlp'), 'error', 'calibration error', 'ERM', 'MixUp(.4)', 'lower'),
+    ('better calibrated: small models', 'calibration', dict(network='cnn'), 'error', 'calibration error', 'ERM', 'MixUp(.4)', 'lower'),
+    ('… chosen by their loss', 'calibration', dict(network='cnn'), 'loss', 'calibration error', 'ERM', 'MixUp(.4)', 'lower'),
+    ('fewer errors: a small convolutional model', 'generalisation', dict(network='cnn', n=1000, test=True), None, 'error', 'ERM', 'MixUp(.4)', 'no difference found'),
+    ('fewer errors: a small convolutional model', 'generalisation', dict(network='cnn', n=60_000, test=True), None, 'error', 'ERM', 'MixUp(.4)', 'lower'),
+    ('… with CutMix', 'generalisation', dict(network='cnn', n=5000, test=True), None, 'error', 'ERM', 'CutMix', 'lower'),
+    ('… a residual network', 'scale', dict(width=16, n=60_000, noise=0., raw=False), None, 'calibration error', 'ERM', 'MixUp(.4)', 'higher'),
+    ('… each with its best learning rate', 'corrupt_labels', dict(noise=.5), 'error', 'error', 'ERM', 'mixup(1)', 'higher'),
+    ('… fewer than with dropout', 'corrupt_labels', dict(noise=.5), 'error', 'error', 'dropout', 'mixup(1)', 'higher'),
+    ('misled less by attacks: cnn', 'adversarial', dict(network='cnn'), 'error', 'ten steps', 'ERM', 'MixUp(.4)', 'higher'),
+    ('… better samples', 'gans', dict(target='grid'), None, 'late_good', 'ERM', 'α = 0.2', 'lower')]
 
-def test_the_landing_page_is_right_about_attacks_with_the_same_learning_rate(root):
-    runs = runs_of(root, 'adversarial')
-    runs = runs[runs.test & (runs.network=='cnn')]
-    for lr,group in runs.groupby('lr'): assert compare(element(group, 'ten steps', 2), 'ten steps').so['MixUp(.4)']=='higher', lr
-    assert runs.lr.nunique()==2 and 'worse, and with the same rate, too' in (root/'README.md').read_text()
+def from_csv(root, name, where, by, y, base, arm):
+    "Results of two arms, seed by seed, by the csv module alone"
+    with open(root/f'nbs/tutorials/runs/{name}.csv', encoding='utf-8') as f: rows = list(csv.DictReader(f))
+    def same(text, v): return text==str(v) or not isinstance(v, (str,bool)) and float(text)==v
+    rows = [o for o in rows if all(same(o[k], v) for k,v in where.items())]
+    def value(o): return json.loads(o[y])[2] if o[y].startswith('[') else float(o[y])
+    def of(arm):
+        mine = [o for o in rows if o['arm']==arm]
+        if not by: return {o['seed']: value(o) for o in mine}
+        def setting(o): return tuple(o[k] for k in L(over[name]))
+        tried = defaultdict(list)
+        for o in mine:
+            if o['test']=='False': tried[setting(o)].append(float(o[by]))
+        best = min(tried, key=lambda k: np.mean(tried[k]))
+        return {o['seed']: value(o) for o in mine if o['test']=='True' and setting(o)==best}
+    a,b = of(base),of(arm)
+    assert a.keys()==b.keys()
+    return np.array([a[k] for k in a]),np.array([b[k] for k in a])
+
+@pytest.fixture(scope='module')
+def claims(root): return all_claims(root/'nbs/tutorials/runs')
+
+@pytest.mark.parametrize('line', charted, ids=lambda o: f'{o[0]} {list(o[2].values())}')
+def test_the_chart_says_what_the_files_say(root, claims, line):
+    "The change, its interval and its color, and on which side of the line it is"
+    short,name,where,by,y,base,arm,so = line
+    a,b = from_csv(root, name, where, by, y, base, arm)
+    change = 100*(b-a).mean()/a.mean()
+    half = 100*stats.sem(b-a)*stats.t.ppf(.975, len(a)-1)/a.mean()
+    found = [(o,f) for o in claims if o.short==short for f in o.findings if f.change==pytest.approx(change, rel=1e-6)]
+    assert len(found)==1
+    claim,f = found[0]
+    assert f.half==pytest.approx(half, rel=1e-6) and f.so==so
+    ax = plot_claims([claim], [short], limit=1e4, ax=plt.figure().gca())
+    sign = -1 if claim.want=='lower' else 1
+    color = {claim.want: 'tab:blue', 'no difference found': 'tab:gray'}.get(so, 'tab:red')
+    ends = [o for o in ax.lines if len(o.get_xdata())==2 and np.allclose(sorted(o.get_xdata()), sorted([sign*change-half,sign*change+half]))]
+    marks = [o for o in ax.lines if len(o.get_xdata())==1 and np.allclose(o.get_xdata(), sign*change)]
+    assert len(ends)==len(marks)==1 and {o.get_color() for o in ends+marks}=={color}
+    plt.close('all')
+
+def test_losses_are_on_the_first_page_as_wins_are(claims):
+    "Each claim is there with all of its settings; about as many marks speak against mixup as for it"
+    shown = [f for o in claims if o.short for f in o.findings]
+    assert {o.page for o in claims if o.short}=={'calibration','generalisation','corrupt_labels','adversarial','residual','regression','gans'}
+    assert len(shown)>60 and sum(f.so!='no difference found' for f in shown)>30
+
+def test_the_table_of_claims_has_every_finding(claims):
+    table = claims_table(claims)
+    assert table.count('\n')==len(claims)+1 and all(f.text in table for o in claims for f in o.findings)
 
 @pytest.mark.parametrize('name', over)
 def test_reported_seeds_are_fresh_and_as_many_for_every_setting(root, name):

@@ -1,5 +1,5 @@
 "What `pip install fastmix` brings: everything it needs, and nothing of what only developers have"
-import subprocess, sys, zipfile
+import re, subprocess, sys, zipfile
 from configparser import ConfigParser
 from email import message_from_string
 from pathlib import Path
@@ -64,3 +64,10 @@ def test_install(wheel, root, tmp_path):
     file,version = run(python, '-I', '-c', without_extras, cwd=tmp_path).split()
     import fastmix
     assert Path(file).is_relative_to(env.resolve()) and version==fastmix.__version__
+
+def test_the_readme_is_short_and_its_images_are_described(root):
+    text = (root/'README.md').read_text(encoding='utf-8')
+    assert len(text.split())<=700
+    alts = re.findall(r'!\[(.*?)\]\((.*?)\)', text)
+    assert len(alts)==2 and all(len(alt.split())>10 and (root/path).exists() for alt,path in alts)
+    assert '<script' not in text

@@ -65,6 +65,34 @@ def test_pages(site, url, page, scheme, width):
         assert '\\(' not in body and '\\[' not in body, f'{name} has a formula that is not drawn'
         assert not page.faults, f'{name}: {page.faults}'
 
+def test_two_photographs_are_mixed_by_hand(url, page):
+    "The image in the middle, and the weights of both labels, follow the slider and the mixer"
+    def pixels(name): return page.evaluate(f'''() => {{ const c = document.getElementById('mixing-{name}')
+        return [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data] }}''')
+    def set_lam(v): page.eval_on_selector('#mixing-lam', f"o => {{ o.value = {v}; o.dispatchEvent(new Event('input', {{bubbles: true}})) }}")
+    page.goto(url)
+    page.wait_for_selector('#mixing input[value=MixUp]:checked')
+    a,b = pixels('a'),pixels('b')
+    set_lam(.25)
+    assert page.inner_text('#mixing output')=='0.25 cat + 0.75 coffee'
+    assert max(abs(m - (.25*p + .75*q)) for m,p,q in zip(pixels('ab'), a, b)) <= 1
+    for mixer in 'CutMix','FMix','SaliencyMix':
+        page.check(f'#mixing input[value={mixer}]')
+        set_lam(.6)
+        mixed,weight = pixels('ab'),float(page.inner_text('#mixing output').split()[0])
+        own = [mixed[i:i+4]==a[i:i+4] for i in range(0, len(a), 4)]
+        assert all(o or mixed[4*i:4*i+4]==b[4*i:4*i+4] for i,o in enumerate(own)), 'a pixel of neither'
+        assert abs(sum(own)/len(own) - weight) < .03 and (mixer=='SaliencyMix' or abs(weight-.6) < .03)
+    page.focus('#mixing-lam')
+    page.keyboard.press('End')
+    assert page.inner_text('#mixing output')=='1.00 cat + 0.00 coffee' and pixels('ab')==a
+    assert not page.faults
+
+def test_the_chart_leads_to_its_pages(url, page):
+    page.goto(url)
+    page.click('.chart a:has-text("fewer random labels memorised")')
+    page.wait_for_url('**/tutorials/corrupt_labels.html')
+
 def test_search(url, page):
     page.goto(url)
     page.fill('input[type=search]', 'MixUp')
