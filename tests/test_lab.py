@@ -13,6 +13,7 @@ from fastmix.lab import scale
 from fastmix.lab.claims import all_claims, claims_table, plot_claims
 from fastmix.lab.evidence import attack, attackable, best_runs, by_seed, changed, choose, compare, fashion_dls, fashion_mnist, holm, mean_spread
 from fastmix.lab.evidence import memory, misled, paired, plot_dots, plot_seeds, read_runs, run_missing, tensor_dls, to_floats
+from fashion_sample import expand
 from fastmix.lab.toys import GaussianBatches, grid_centres, mode_coverage, ring_centres
 
 settings = [dict(arm=arm, lr=lr, test=test, seed=seed) for arm in 'ab' for lr in (1e-3,.3) for test in (False,True) for seed in (1,2)]
@@ -340,3 +341,10 @@ def test_gaussians_lie_where_they_should():
     assert mode_coverage(half, grid_centres(), .1)==(3,.5)
     z,x = GaussianBatches(grid_centres(), bs=16).dls().one_batch()
     assert z.shape==x.shape==(16,2)
+
+def test_a_sample_stands_in_for_the_data(tmp_path):
+    "As many images as there are, in the same files, and of each class as many"
+    x,y,x_test,y_test = fashion_mnist(expand(tmp_path/'sample'))
+    assert x.shape==(60_000,1,28,28) and y.shape==(60_000,) and x_test.shape==(10_000,1,28,28) and y_test.unique().tolist()==list(range(10))
+    assert len(x[:1000].unique(dim=0))==300 and x[:300].equal(x[300:600]) and y[:300].equal(y[300:600])
+    assert y.bincount().tolist()==[6000]*10

@@ -1,5 +1,5 @@
 "The site as a reader sees it: every page in a browser, from a plain web server, without the rest of the network"
-import shutil, subprocess, sys
+import os, shutil, subprocess, sys
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -31,7 +31,7 @@ def url(site):
 @pytest.fixture(scope='module')
 def browser():
     exe = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-    if not exe: pytest.fail('Install Chromium to look at the site: apt-get install chromium')
+    if not exe: (pytest.fail if os.environ.get('CI') else pytest.skip)('No browser to look at the site: apt-get install chromium')
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=exe)
         yield browser

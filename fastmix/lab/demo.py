@@ -44,8 +44,11 @@ def train(
 def keep_items(
     dls:DataLoaders, # Whose items are the same in each epoch
 ) -> DataLoaders: # The same
-    "Make each item once, and keep it in memory"
-    for dl in dls.loaders: dl.do_item = functools.cache(dl.do_item)
+    "Make all items once, and keep them in memory: a batch is then taken out of them at once"
+    def keep(dl):
+        items = dl.create_batch([dl.do_item(i) for i in range(dl.n)])
+        dl.create_item,dl.after_item,dl.create_batch = noop,noop,lambda idxs: tuple(o[list(idxs)] for o in items)
+    for dl in dls.loaders: keep(dl)
     return dls
 
 # %% ../../nbs/32_demo.ipynb #2dc6b7a3
@@ -64,8 +67,9 @@ def run_all(
             kind = dict(labels=f'{noise:.0%} random' if noise else 'true', training=repr(mixer) if mixer else 'plain', seed=seed)
             print('\nlabels {labels}, {training}, seed {seed}'.format(**kind), f'of {seeds}', flush=True)
             learn = train(dls, mixer, epochs, seed)
-            curve = [100*o[2] for o in learn.recorder.values]   # before `scores`, since `get_preds` empties the recorder
-            with learn.no_bar(): rows.append({**kind, **scores(learn), 'curve':curve, 'preds':learn.get_preds()})
+            curve = [100*o[2] for o in learn.recorder.values]   # now, since `get_preds` empties the recorder
+            with learn.no_bar(): preds = learn.get_preds()
+            rows.append({**kind, **score_preds(*preds), 'curve':curve, 'preds':preds})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/32_demo.ipynb #fbf88826
@@ -153,6 +157,7 @@ def demo(
     mk_mixer = choose_mixer(mixer, alpha)
     if seeds<1 or epochs<1: raise ValueError(f'seeds and epochs must be at least 1, but they are {seeds} and {epochs}')
     images,labels = folder_images(folder) if folder else digit_images()
+    if not folder: images = [*map(PILImage.create, images)]   # fastai writes out all items, and arrays take long
     def mk_dls(noise, seed): return image_dls(images, labels, noise, seed=seed, size=size, num_workers=0, val_bs=1000)
     noises = [noise,0] if noise else [0]
     dls = mk_dls(noise, 1)

@@ -7,7 +7,7 @@ Docs: https://fastmix.github.io/fastmix/evidence.html.md"""
 # %% ../../nbs/31_evidence.ipynb #fc967b0f
 from __future__ import annotations
 
-import gzip, json, math, time
+import gzip, json, math, os, time
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch, torch.nn.functional as F
 from fastai.basics import *
@@ -20,18 +20,18 @@ from ..metrics import *
 
 # %% auto #0
 __all__ = ['fashion_folders', 'adamw', 'fashion_mnist', 'TensorDL', 'tensor_dls', 'to_floats', 'fashion_dls', 'mlp', 'cnn',
-           'SkipValid', 'scores', 'memory', 'attackable', 'attack', 'changed', 'misled', 'read_runs', 'run_missing',
-           'choose', 'best_runs', 'element', 'after_scaling', 'by_seed', 'mean_spread', 'holm', 'paired', 'compare',
-           'plot_seeds', 'plot_dots']
+           'SkipValid', 'score_preds', 'scores', 'memory', 'attackable', 'attack', 'changed', 'misled', 'read_runs',
+           'run_missing', 'choose', 'best_runs', 'element', 'after_scaling', 'by_seed', 'mean_spread', 'holm', 'paired',
+           'compare', 'plot_seeds', 'plot_dots']
 
 # %% ../../nbs/31_evidence.ipynb #dc6e93c7
-fashion_folders = [Path('/usr/share/datasets/fashion-mnist'), fastai_path('data')/'FashionMNIST/raw']
+fashion_folders = [*map(Path, filter(None, [os.environ.get('FASHION_MNIST')])), Path('/usr/share/datasets/fashion-mnist'), fastai_path('data')/'FashionMNIST/raw']
 
 @functools.lru_cache
 def fashion_mnist(
     folder:str=None, # Where its four files are; one of `fashion_folders` by default
 ) -> tuple: # Training images and classes, (60000,1,28,28) and (60000,), and test images and classes, (10000,1,28,28) and (10000,); uint8 and int64
-    "Fashion-MNIST, from Debian's package or torchvision's download"
+    "Fashion-MNIST, from the folder that `FASHION_MNIST` in the environment names, Debian's package or torchvision's download"
     def found(o): return (Path(o)/'t10k-labels-idx1-ubyte.gz').exists()
     home = first([folder] if folder else fashion_folders, found)
     if home is None: raise FileNotFoundError(f'Fashion-MNIST is not in {folder or " or ".join(map(str, fashion_folders))}: get it by `apt-get install '
@@ -110,15 +110,21 @@ class SkipValid(Callback):
         raise CancelValidException
 
 # %% ../../nbs/31_evidence.ipynb #f89568c0
-def scores(
-    learn:Learner, # Trained
-    dl=None, # What to score on; the validation set's loader by default
+def score_preds(
+    preds:Tensor, # (n, classes) Probabilities
+    targs:Tensor, # (n,) Classes
 ) -> dict: # `error` (%), `loss` and `calibration error` (%)
-    "Score a learner"
-    with learn.no_bar(): preds,targs = learn.get_preds(dl=dl)
+    "Score predictions"
     ece = CalibrationError()(preds, targs)
     loss = F.nll_loss(preds.clamp_min(1e-8).log(), targs)   # a sample counts at most 18.4, which only a very confident, wrong model would exceed
     return {'error':100*(preds.argmax(1)!=targs).float().mean().item(), 'loss':loss.item(), 'calibration error':100*ece.item()}
+
+def scores(
+    learn:Learner, # Trained
+    dl=None, # What to score on; the validation set's loader by default
+) -> dict: # As of `score_preds`
+    "Score a learner"
+    with learn.no_bar(): return score_preds(*learn.get_preds(dl=dl))
 
 # %% ../../nbs/31_evidence.ipynb #48d38ed1
 def memory(
