@@ -47,7 +47,7 @@ def keep_items(
     "Make all items once, and keep them in memory: a batch is then taken out of them at once"
     def keep(dl):
         items = dl.create_batch([dl.do_item(i) for i in range(dl.n)])
-        dl.create_item,dl.after_item,dl.create_batch = noop,noop,lambda idxs: tuple(o[list(idxs)] for o in items)
+        dl.create_item,dl.after_item,dl.create_batch = noop,Pipeline(),lambda idxs: tuple(o[list(idxs)] for o in items)
     for dl in dls.loaders: keep(dl)
     return dls
 
