@@ -127,11 +127,11 @@ def by_transform(
     return loss_func(model(mixed), target).item()
 
 libraries = dict(   # how to try a mixer, `MixUp`, `CutMix`
+    fastmix=(by_callback, lambda: fm.MixUp(8.), lambda: fm.CutMix(1.)),
     fastai=(by_callback, lambda: fastai_mixup.MixUp(8.), lambda: fastai_mixup.CutMix(1.)),
     timm=(by_transform, lambda: timm.data.Mixup(8., mode='elem', label_smoothing=0., num_classes=4),
         lambda: timm.data.Mixup(0., 1., label_smoothing=0., num_classes=4)),
-    torchvision=(by_transform, lambda: v2.MixUp(alpha=8., num_classes=4), lambda: v2.CutMix(alpha=1., num_classes=4)),
-    fastmix=(by_callback, lambda: fm.MixUp(8.), lambda: fm.CutMix(1.)))
+    torchvision=(by_transform, lambda: v2.MixUp(alpha=8., num_classes=4), lambda: v2.CutMix(alpha=1., num_classes=4)))
 
 # %% ../../nbs/36_peers.ipynb #f9ec7e7c
 def try_loss(
@@ -156,7 +156,7 @@ def try_loss(
     if u is None: want = loss_func(model.pred.detach(), lam[:,None]*y + (1-lam[:,None])*y[idx]).item()
     else: want = exact_loss(u, w, model.pred.detach(), y, lam, idx)
     ratio = value/want
-    return '✓' if abs(ratio-1)<1e-3 else f'{ratio:.2f} ×'
+    return '✓' if abs(ratio-1)<1e-3 else f'{ratio:.2f}\xa0×'
 
 # %% ../../nbs/36_peers.ipynb #c3625f1e
 def _mixed(library, cut=False, seed=1):
