@@ -241,19 +241,21 @@ def _try(loss_func, f, pred, ybs):
     finally: calls.state.reset()
 
 # %% ../nbs/06a_own_loss.ipynb #38571ea6
-def _flip(o):
-    res = o.flip(0)
+def _flip(o, dim=0):
+    res = o.flip(dim)
     vars(res).update({k: _flip(v) if isinstance(v, Tensor) and v.ndim and len(v)==len(o) else v for k,v in vars(o).items()})
     return res
 
 def _check_order(loss_func, pred, yb, want):
     "A `ValueError` if the loss, `want`, is another one for the same samples in another order"
     if any(not isinstance(o, Tensor) or not o.ndim or len(o)!=len(yb[0]) for o in tensors_in((pred,yb))): return
-    got = _try(loss_func, loss_func, *map_tensors(_flip, (pred,[yb])))[0][0]
-    if got.shape!=() or torch.allclose(got, want, rtol=max(1e-4, 4*torch.finfo(want.dtype).eps), atol=1e-5, equal_nan=True): return
+    dims = (1,0) if all(o.shape[1:2]==o.shape[:1] for o in tensors_in(pred)) else (0,)   # time may be first, and as long as the batch
+    for dim in dims:
+        got = _try(loss_func, loss_func, map_tensors(partial(_flip, dim=dim), pred), [map_tensors(_flip, yb)])[0][0]
+        if got.shape!=() or torch.allclose(got, want, rtol=max(1e-4, 4*torch.finfo(want.dtype).eps), atol=1e-5, equal_nan=True): return
     if _try(loss_func, loss_func, pred, [yb])[0][0].equal(want): raise ValueError(   # else it has a memory, which is an error of `mix_values`
         f'{loss_func} returns {got.item():.6g} where it returned {want.item():.6g} for the same samples in another order, so it knows of each something that is not among its targets, '
-        'such as a weight, and that of the partners is not mixed: pass it to the loss as a further target of the batch')
+        'such as a weight: pass it as a further target of the batch, or, if it is what the model made of the mixed batch, return it from the model with the predictions')
 
 # %% ../nbs/06a_own_loss.ipynb #4839ed99
 def _is_half(o): return o.is_floating_point() and o.element_size()<4

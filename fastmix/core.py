@@ -162,8 +162,7 @@ def mapping_like(
     if type(o) is dict: return items
     res,old = copy(o),{**o}
     attrs = getattr(res, '__dict__', {})
-    for k,v in attrs.items():
-        if isinstance(v, dict): attrs[k] = copy(v)   # where it keeps its values
+    attrs.update({k: copy(v) for k,v in attrs.items() if isinstance(v, dict)})   # where it keeps its values
     for k,v in items.items():
         res[k] = v
         if k in attrs and attrs[k] is old[k]: attrs[k] = v

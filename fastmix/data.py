@@ -1,4 +1,4 @@
-"""Images to try mixing on, wrong labels, and soft labels
+"""Small sets of images to try mixing on, wrong labels, and soft labels
 
 Docs: https://fastmix.github.io/fastmix/data.html.md"""
 
@@ -26,7 +26,7 @@ def digit_images() -> tuple: # 1,797 arrays of (8,8,3), uint8, and as many label
 
 # %% ../nbs/14_data.ipynb #d3c139a2
 def photo_images() -> tuple: # 8 arrays of (height,width,3), uint8, and as many labels
-    "Eight photographs of scikit-learn's and scikit-image's"
+    "Eight photographs from scikit-learn and scikit-image"
     from skimage import data as d
     from sklearn.datasets import load_sample_images
     china,flower = load_sample_images().images
@@ -41,14 +41,14 @@ def folder_images(
     "The images below `folder`"
     paths = get_image_files(folder).sorted()
     labels = [o.parent.name for o in paths]
-    if (n := len(set(labels)))<2: raise ValueError(f'{folder} must hold a subfolder for each of two or more classes, but images of {n} were found')
+    if (n := len(set(labels)))<2: raise ValueError(f'{folder} must hold a subfolder of images for each of two or more classes, but holds {n}')
     return list(paths),labels
 
 # %% ../nbs/14_data.ipynb #1fbb536f
 def corrupt_labels(
     labels:list, # One label for each sample
     p:float, # Fraction of the labels to replace, 0 to 1
-    seed:int=42, # The same seed replaces the same labels by the same others
+    seed:int=42, # The same seed replaces the same labels in the same way
 ) -> list: # As many labels
     "Replace a fraction `p` of `labels`, chosen at random, by labels drawn at random from those that occur"
     check_fraction('p', p)
@@ -59,32 +59,32 @@ def corrupt_labels(
 
 # %% ../nbs/14_data.ipynb #7c01780e
 class CorruptLabels(Transform):
-    "In place of `get_y`: a fraction `p` of the training labels, chosen at random, is drawn at random from those that occur; validation labels stay true"
+    "Use as `get_y`: replaces a fraction `p` of the training labels, chosen at random, by labels that occur; validation labels stay true"
     def __init__(self,
         p:float, # Fraction of the training labels to replace, 0 to 1
         get_y:callable, # Function of an item that returns its label, such as `parent_label` or `ColReader('label')`
-        seed:int=42, # The same seed replaces the same labels by the same others
+        seed:int=42, # The same seed replaces the same labels in the same way
     ):
         self.p,self.get_y,self.seed,self._replaced = check_fraction('p', p),get_y,seed,{}
         if not callable(get_y): raise TypeError(f'get_y must be a function that returns the label of an item, such as parent_label, but it is {get_y!r}')
         super().__init__()
 
     def setup(self, items=None, train_setup=True):
-        "Choose the labels to replace, once the training items are known; those of loaders that were made before stay"
+        "Choose the labels to replace, once the training items are known; the labels of earlier loaders stay"
         raw = L(items.items if isinstance(items, TfmdLists) else items, use_list=None)
-        rows = [raw[i] for i in range_of(raw)]   # to iterate over a table's would make tuples of them
+        rows = [raw[i] for i in range_of(raw)]   # iterating over a table would turn its rows into tuples
         train,keys = items.splits[0] if isinstance(items, TfmdLists) else range_of(rows),_distinct_keys(rows)
         true = L(self.get_y(rows[i]) for i in train)
         labels = L(corrupt_labels(true, self.p, self.seed))
         replaced = dict.fromkeys(keys) | dict(zip((keys[i] for i in train), labels)) if self.p else {}   # None stands for the true one
         if any(str(self._replaced.get(k, o))!=str(o) for k,o in replaced.items()): raise ValueError(
-            'This CorruptLabels has made loaders of the same items with another split, whose labels would change: '
-            'give the splitter a seed, as in RandomSplitter(seed=42), or each DataBlock a CorruptLabels of its own')
+            'This CorruptLabels has made loaders of the same items with another split, and their labels would change: '
+            'give the splitter a seed, as in RandomSplitter(seed=42), or make a new CorruptLabels for each DataBlock')
         self.true,self.labels,self._replaced = true,labels,self._replaced | replaced   # the first two in the order of the training set
 
     @property
-    def is_wrong(self) -> Tensor: # (n,), bool: in the order of the training set
-        "Which labels of the training set are not the true ones?"
+    def is_wrong(self) -> Tensor: # (n,), bool, in the order of the training set
+        "Which labels of the training set are wrong?"
         return tensor([a!=b for a,b in zip(self.true, self.labels)])
 
     def __call__(self, o, **kwargs):
@@ -93,31 +93,31 @@ class CorruptLabels(Transform):
 
 # %% ../nbs/14_data.ipynb #2394b5d4
 def _key(o):
-    "What tells an item from others"
+    "What identifies an item, and can be hashed"
     if isinstance(o, pd.Series): return o.name,blake2b(str(o.tolist()).encode(), digest_size=8).hexdigest()
     try: hash(o)
     except TypeError: raise TypeError(f'CorruptLabels needs items that can be told apart, such as paths, rows of a table or numbers, but got a {type(o).__name__}: '
-        'let the items be their numbers, and get_x and get_y look them up') from None
+        'use numbers as items, and have get_x and get_y look up the data') from None
     return o
 
 def _distinct_keys(items):
     keys = [*map(_key, items)]
     k,n = Counter(keys).most_common(1)[0] if keys else (None,0)
     if n<2: return keys
-    raise ValueError('CorruptLabels tells items apart by their path, or by the index and the values of their row, '
-        f'but {k[0] if isinstance(items[0], pd.Series) else k!r} occurs more than once: leave out what is there twice, or df.reset_index(drop=True)')
+    raise ValueError('CorruptLabels identifies items by their path, or by the index and the values of their row, '
+        f'but {k[0] if isinstance(items[0], pd.Series) else k!r} occurs more than once: drop duplicates, or call df.reset_index(drop=True)')
 
 # %% ../nbs/14_data.ipynb #2b7086de
 class SoftCategory(dict):
-    "Probabilities of classes, by name; shown are the three largest"
+    "Probabilities of classes, by name, of which the three largest are shown"
     def __str__(self): return ', '.join(f'{k} {v:.2f}' for k,v in sorted(self.items(), key=itemgetter(1), reverse=True)[:3] if v>=.005)
-    def __eq__(self, o): return o==max(self, key=self.get) if isinstance(o, str) else super().__eq__(o)   # a prediction that is right
+    def __eq__(self, o): return o==max(self, key=self.get) if isinstance(o, str) else super().__eq__(o)   # a right prediction
     def show(self, ctx=None, color='black', **kwargs): return show_title(str(self), ctx=ctx, color=color, **kwargs)
 
 class TensorSoftCategory(TensorCategory): pass   # so that fastai shows its results
 
 class SoftCategorize(DisplayedTransform):
-    "Probabilities of the classes of `vocab`, as a tensor and back"
+    "Convert probabilities of the classes of `vocab` to a tensor, and back"
     loss_func,order = CrossEntropyLossFlat(flatten=False),1
     def __init__(self,
         vocab:list, # Names of the classes, in the order of the probabilities
@@ -148,12 +148,12 @@ def image_dls(
     labels:list, # One for each image
     noise:float=0., # Fraction of the *training* labels to replace by random ones; validation labels stay true
     valid_pct:float=.5, # Fraction of the images to validate on
-    seed:int=42, # Of the split and of the noise
+    seed:int=42, # Seed of the split and of the noise
     size:int=32, # Height and width to resize to, in pixels
     bs:int=64, # Batch size
     **kwargs # For `DataBlock.dataloaders`
 ) -> DataLoaders:
-    "Images and labels as `DataLoaders`, with noise in the training labels where wanted"
+    "Images and labels as `DataLoaders`, with optional noise in the training labels"
     train,valid = RandomSplitter(valid_pct, seed=seed)(images)
     vocab,labels = sorted(set(labels)),list(labels)
     for i,o in zip(train, corrupt_labels([labels[i] for i in train], noise, seed)): labels[i] = o

@@ -1,4 +1,4 @@
-"""mixup of what a GAN's critic is called with: real and generated samples, against their weight
+"""Train a GAN's critic on mixtures of real and generated samples, to predict the weight of the real one
 
 Docs: https://fastmix.github.io/fastmix/gan.html.md"""
 
@@ -18,16 +18,16 @@ __all__ = ['mix_real_fake', 'gan_mix_loss', 'GANBatch', 'GANMixUp']
 
 # %% ../nbs/19_gan.ipynb #295868bd
 def _lam_loss(pred, lam, loss_func=F.binary_cross_entropy_with_logits):
-    "How far the critic is from the weight of the real sample"
+    "The critic's loss for the weight of the real sample"
     return loss_func(as_plain(pred), unsqueeze_as(lam, pred).expand_as(pred).to(pred.dtype))
 
 # %% ../nbs/19_gan.ipynb #6ebb0fb0
 def mix_real_fake(
-    real:Tensor, # (bs, ...) Samples
+    real:Tensor, # (bs, ...) Real samples
     fake:Tensor, # (bs, ...) Generated samples
     lam:Tensor, # (bs,) Weight of `real`
 ) -> Tensor: # (bs, ...)
-    "Mixtures of real and generated samples; a `ValueError` where they are of different shapes"
+    "Mixtures of real and generated samples; a `ValueError` if their shapes differ"
     if real.shape!=fake.shape: raise ValueError(
         f'A generated batch of shape {tuple(fake.shape)} cannot be mixed with a real one of shape {tuple(real.shape)}: the generator must return the shape of the data')
     return blend(as_plain(real), as_plain(fake), lam)
@@ -35,8 +35,8 @@ def mix_real_fake(
 # %% ../nbs/19_gan.ipynb #e7dc28e9
 def gan_mix_loss(
     critic:callable, # Returns a logit for each sample
-    real:Tensor, # (bs, ...) Samples
-    fake:Tensor, # (bs, ...) What the generator has made of noise; detached, where the critic is trained
+    real:Tensor, # (bs, ...) Real samples
+    fake:Tensor, # (bs, ...) Generated samples; detached if the critic is trained
     lam:Tensor, # (bs,) Weight of `real`, as from `draw_lam(bs, alpha, rng, fold=False)`
     loss_func:callable=F.binary_cross_entropy_with_logits, # Of predictions and weights
 ) -> Tensor: # ()
@@ -45,13 +45,13 @@ def gan_mix_loss(
 
 # %% ../nbs/19_gan.ipynb #6dddcf3d
 class GANBatch:
-    "The record of a batch: λ, and the loss that stands in place of a method of `GANLoss`, for this batch only"
+    "The record of a batch: λ, and the loss that replaces a method of `GANLoss` for this batch only"
     def __init__(self,
         gan_loss:nn.Module, # The learner's `GANLoss`
         method:str, # 'critic' or 'generator'
-        target:Tensor, # Of this batch
+        target:Tensor, # Target of this batch
         lam:Tensor, # (bs,) Weight of the real samples
-        loss_func:callable, # Of predictions
+        loss_func:callable, # Function of predictions
     ):
         self.gan_loss,self.method,self.target,self.lam,self.loss_func = gan_loss,method,target,lam,loss_func
         self.original,self.was_called = getattr(gan_loss, method),False
@@ -71,24 +71,24 @@ class GANBatch:
 
 # %% ../nbs/19_gan.ipynb #f0b4d7b7
 def _check_direction(gen_loss_func, pred, fake, real):
-    "A `ValueError` if the generator's loss does not fall as the critic finds its samples more real"
+    "Raise a `ValueError` if the generator's loss does not fall as the critic finds its samples more real"
     low,high = (gen_loss_func(torch.full_like(pred, o), fake, real).sum() for o in (.1,.9))
     if not high<=low: raise ValueError('The loss of the generator falls as the critic finds its samples less real, as in a Wasserstein GAN, but GANMixUp trains '
-        'the critic to predict the weight of the real sample: pass GANLearner a gen_loss_func that wants high predictions, or use GANMixUp(minimax=True)')
+        'the critic to predict the weight of the real sample: pass GANLearner a gen_loss_func that falls as predictions rise, or use GANMixUp(minimax=True)')
 
 # %% ../nbs/19_gan.ipynb #ced1b0b8
 class GANMixUp(Callback):
-    "Call the critic of a `GANLearner` with mixtures of real and generated samples, and have it predict the weight of the real ones"
-    order,run_valid,_stateattrs = 9.5,False,('record','rng')   # after GANTrainer, and CastToTensor: the loss gets the targets that this sees
+    "Train the critic of a `GANLearner` on mixtures of real and generated samples, to predict the weight of the real ones"
+    order,run_valid,_stateattrs = 9.5,False,('record','rng')   # after GANTrainer and CastToTensor, so the loss gets the targets seen here
     record = None
     def __init__(self,
-        alpha:float=.2, # λ comes from Beta(`alpha`,`alpha`); 0 is off. The paper's figures are of .2
+        alpha:float=.2, # λ comes from Beta(`alpha`,`alpha`); 0 is off; the paper's figures use .2
         minimax:bool=False, # Does the generator maximise the critic's loss on mixtures, as in the paper's formula, instead of minimising its own?
         loss_func:callable=F.binary_cross_entropy_with_logits, # Of the critic's predictions and λ
     ): self.alpha,self.minimax,self.loss_func = check_alpha(alpha),minimax,loss_func
 
     def before_fit(self):
-        "Put back what an exception has left behind; refuse what cannot be trained; begin a new random generator"
+        "Undo what an exception has left behind, refuse what cannot be trained, and start a new random generator"
         self.after_train()
         if not hasattr(self.learn, 'gan_trainer'): raise TypeError(
             f'GANMixUp mixes what the critic of a GANLearner is called with, but this is a {type(self.learn).__name__}: for other learners use MixUp')
@@ -98,7 +98,7 @@ class GANMixUp(Callback):
         self.rng,self.was_tried = private_rng(),self.minimax
 
     def before_batch(self):
-        "Draw λ, and mix what the critic is called with"
+        "Draw λ, and mix the inputs of the critic"
         gan_loss,gen_mode = self.learn.loss_func,self.learn.gan_trainer.gen_mode
         self.record = None
         if not self.alpha or gen_mode and not self.minimax: return
@@ -119,8 +119,8 @@ class GANMixUp(Callback):
 
     def after_loss(self):
         "Raise a `RuntimeError` if the loss of a mixed batch was not mixed"
-        if self.record and not self.record.was_called: raise RuntimeError('GANMixUp has mixed this batch, but its loss was not mixed: after `before_batch` '
-            'another callback has replaced the loss or the targets. Have it do so earlier, at an `order` below 9.5')
+        if self.record and not self.record.was_called: raise RuntimeError('GANMixUp has mixed this batch, but its loss was not mixed, since another callback '
+            'has replaced the loss or the targets. Have that callback do so earlier, at an `order` below 9.5')
 
     def after_batch(self):
         "Put the learner's own loss back"
@@ -131,9 +131,9 @@ class GANMixUp(Callback):
         "Put the learner's own loss back, and forget the last batch"
         self.after_batch()
         self.record = None
-    after_epoch = after_fit = after_train   # where training was cancelled
+    after_epoch = after_fit = after_train   # also where training was cancelled
 
     @property
-    def lam(self) -> Tensor: # (bs,); None where the batch is not mixed
-        "The weights of the real samples in the present batch"
+    def lam(self) -> Tensor: # (bs,); None if the batch is not mixed
+        "The weights of the real samples in the current batch"
         return self.record and self.record.lam

@@ -44,19 +44,19 @@ def _shadowed(o, name, value):
 
 # %% ../nbs/18_lightning.ipynb #b6493261
 def _find_loss(module, path):
-    "The submodule that holds the loss, and the loss's name there; a `ValueError` that names what there is instead"
+    "The submodule that holds the loss, and the loss's name there; a `ValueError` that lists the module's losses"
     at,_,name = path.rpartition('.')
     try: owner = module.get_submodule(at)
     except AttributeError: owner = None
     if callable(getattr(owner, name, None)): return owner,name
     similar = {o for o in [*vars(module), *vars(type(module)), *module._modules] if 'loss' in o.lower() or 'crit' in o.lower()}
     raise ValueError(f'{type(module).__name__} has no loss {path!r} to mix. Name the attribute that training_step calls, as in Mixing(MixUp(.4), loss="criterion"). '
-        f'Losses among its attributes: {", ".join(sorted(similar)) or "none whose name says so"}. A function that training_step calls by itself, '
-        'such as F.cross_entropy(...), must become an attribute first, self.criterion = F.cross_entropy')
+        f'Losses among its attributes: {", ".join(sorted(similar)) or "none whose name says so"}. A function that training_step calls directly, '
+        'such as F.cross_entropy(...), must become an attribute first, as in self.criterion = F.cross_entropy')
 
 # %% ../nbs/18_lightning.ipynb #f1f1bf18
 def _fraction_done(trainer):
-    "By the batches or the steps of a training, from 0 to 1; None where there is no limit"
+    "Fraction of the training that is done, by batches or steps, 0 to 1; None if there is no limit"
     n = (trainer.max_epochs or -1)*trainer.num_training_batches
     fractions = [done/limit for done,limit in ((trainer.fit_loop.total_batch_idx,n),(trainer.global_step,trainer.max_steps)) if 0<limit<math.inf]
     return min(max(fractions), 1.) if fractions else None
@@ -70,7 +70,7 @@ class Mixing(pl.Callback):
         y=None, # Where targets are; by default 'label' of a dict, the second of a pair
         loss:str='loss_func', # Name of the module's loss, such as 'criterion' or 'model.criterion'
     ):
-        self.mixer,self.keys,self.loss = check_mixer(mixer, 'Mixing(MixUp(.4)), or of several, Mixing(OneOf(MixUp(.4), CutMix(1.)))'),BatchKeys(x, y),loss
+        self.mixer,self.keys,self.loss = check_mixer(mixer, 'Mixing(MixUp(.4)), or for several, Mixing(OneOf(MixUp(.4), CutMix(1.)))'),BatchKeys(x, y),loss
         self.seed,self.resumed,self.record,self.scheduled,self.undo = None,False,None,{},ExitStack()
 
     @property
@@ -83,7 +83,7 @@ class Mixing(pl.Callback):
             'This Trainer has more than one Mixing, and each would mix what the other has mixed: combine them, as in Mixing(OneOf(MixUp(.4), CutMix(1.)))')
 
     def on_train_start(self, trainer, pl_module):
-        "Prepare a second loader, and draw a seed unless a checkpoint had one"
+        "Prepare a second loader, and draw a seed unless a checkpoint holds one"
         if self.mixer.hyper_parameters(0.) and _fraction_done(trainer) is None: raise ValueError(
             f'{self.mixer!r} follows a schedule, so the length of the training must be known: pass the Trainer max_epochs or max_steps')
         check_types(trainer.train_dataloader)
@@ -94,7 +94,7 @@ class Mixing(pl.Callback):
         if not self.resumed: self.seed = trainer.strategy.broadcast(int(rng.integers(2**63)))
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        "Have `training_step` mix"
+        "Make `training_step` mix the batch"
         self.undo.close()
         step = pl_module.training_step
         mixed = partial(self.mixed_step, trainer, pl_module, step)
@@ -128,8 +128,8 @@ def _backwards(module):
 
 @patch
 def mixed_step(self:Mixing,
-    trainer:pl.Trainer, # That is training
-    module:pl.LightningModule, # Whose loss it is
+    trainer:pl.Trainer, # Trainer that runs the fit
+    module:pl.LightningModule, # Module with the loss
     step:callable, # Its own `training_step`
     batch, # As the loader returns it
     *args, # For `step`
@@ -139,9 +139,9 @@ def mixed_step(self:Mixing,
     if self.record: self.record.close()   # where an optimizer computes a step twice
     owner,name = _find_loss(module, self.loss)
     b,pct = self.keys.take(batch),_fraction_done(trainer) or 0.
-    in_order = len(tensors_in(batch))>len(tensors_in(b))   # the rest of the batch would not follow
+    in_order = len(tensors_in(batch))>len(tensors_in(b))   # the rest of the batch would keep the old order
     if in_order and any(isinstance(m, SentenceEncoder) for m in module.modules()): raise ValueError(
-        'SentenceEncoder needs texts in the order of their length, which mixing changes, and the rest of the batch would not follow: have the loader return inputs and targets only')
+        'SentenceEncoder needs texts in the order of their length. Mixing sorts inputs and targets, but not the rest of the batch: have the loader return inputs and targets only')
     self.mixer.set_rng(np.random.default_rng([self.seed, trainer.global_rank, trainer.fit_loop.total_batch_idx]))
     self.scheduled = self.mixer.hyper_parameters(pct)
     self.record = record = self.mixer.mix_batch(*b, getattr(owner, name), module, pct, in_order)
@@ -149,7 +149,7 @@ def mixed_step(self:Mixing,
         with _shadowed(owner, name, record.loss), _backwards(module) as trained:
             res = step(self.keys.replace(batch, record.mixed_xb, record.loss.yb), *args, **kwargs)
         if module.automatic_optimization: trained = [res['loss'] if isinstance(res, Mapping) else res]
-        if res is None and module.automatic_optimization: record.inputs.close()   # the module leaves this batch out
+        if res is None and module.automatic_optimization: record.inputs.close()   # the module skips this batch
         else: self.check(trained)
     except BaseException:
         record.close()
@@ -158,7 +158,7 @@ def mixed_step(self:Mixing,
 
 # %% ../nbs/18_lightning.ipynb #aa06cd4c
 def _as_loaded(trainer, keys, batch):
-    "`batch` of a second loader, after the hooks of a training batch: a row of inputs and targets"
+    "Inputs and targets, in one tuple, of a `batch` of a second loader, after the hooks of a training batch"
     batch = trainer.lightning_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
     batch = trainer.strategy.batch_to_device(batch)
     return sum(keys.take(batch), ()) if isinstance(batch, Mapping) else batch
@@ -172,19 +172,19 @@ def _is_made_of(c, y):
 
 @patch
 def check(self:Mixing,
-    trained:list=(), # Losses that the step trains
+    trained:list=(), # Losses that the step trains on
 ):
-    "An error if the model has not read its inputs, or the loss of the present batch was not mixed, or is not what is trained"
+    "Raise an error if the model has not read its inputs, or if the loss of this batch was not mixed, or is not what is trained"
     record,loss = self.record,f'self.{self.loss}'
     record.inputs.check()
     if any(record.loss.mixed) and not record.was_mixed(): raise RuntimeError(
         f'{self.mixer!r} mixed this batch, but its loss was not mixed, since training_step has not called {loss} with the targets as they are in the batch: '
-        f'have it call {loss}(pred, y), with y no copy or view, or name the loss that it does call, as in Mixing(MixUp(.4), loss="criterion"). '
-        'A loss that is a function, a property, or in a list or dict, becomes such an attribute by self.criterion = F.cross_entropy')
+        f'have it call {loss}(pred, y), with y itself, no copy or view, or name the loss that it calls, as in Mixing(MixUp(.4), loss="criterion"). '
+        'If the loss is a function, a property, or in a list or dict, make it an attribute, as in self.criterion = F.cross_entropy')
     graphs,mixed = [o for o in trained if getattr(o, 'grad_fn', None) is not None],record.loss.results
     if mixed and graphs and not any(depends_on(o, mixed) for o in graphs): raise RuntimeError(
-        f'training_step has called {loss}, but trains another loss, which knows the labels of one part only: have it return what {loss} returns, '
-        'or name the loss that it trains, as in Mixing(MixUp(.4), loss="criterion")')
+        f'training_step has called {loss}, but trains another loss, which uses the labels of one part only: have it return what {loss} returns, '
+        'or pass the name of the loss that it trains, as in Mixing(MixUp(.4), loss="criterion")')
     calls = [o for call in record.loss.calls if not record.loss.is_for(call) for o in call if isinstance(o, Tensor)]
     if calls: self.check_other_calls(calls)
 
@@ -193,33 +193,33 @@ def check(self:Mixing,
 def check_other_calls(self:Mixing,
     calls:list, # Tensors that the loss was called with as targets, other than those of the batch
 ):
-    "An error if these are parts of the batch that the loss does not mix; a warning if they are none"
+    "Raise an error if these are parts of the batch that the loss does not mix; warn if they come from elsewhere"
     record,loss,name = self.record,self.record.loss,f'self.{self.loss}'
     images = [o for o in record.inputs.xs if o.dtype==torch.uint8 and o.ndim>2]
     if any(_is_made_of(c, x) for x in images for c in calls if not c.is_floating_point()): raise ValueError(
-        f'training_step calls {name} with integers that {self.mixer!r} has taken for an input, and averaged: say where the targets are, as in Mixing(MixUp(.4), y=1)')
+        f'training_step calls {name} with integers that {self.mixer!r} has taken for an input, and averaged: pass where the targets are, as in Mixing(MixUp(.4), y=1)')
     if any(_base(c) is _base(y) for y,m in zip(loss.yb, loss.mixed) if m for c in calls): raise RuntimeError(
         f'training_step calls {name} more than once, and not always with the targets as they are in the batch: the loss on a part of them was not mixed. '
-        f'Have one loss do all of it, as in {name}((pred,other_pred), y), and make the part in there')
+        f'Compute all of it in one call, as in {name}((pred,other_pred), y), and take the part inside the loss')
     if any(loss.mixed) or not (record.was_mixed() or all(any(_is_made_of(c, y) for c in calls) for y in loss.yb)): warn(
         f'training_step calls {name} with other targets than those that {self.mixer!r} has mixed. If they are in the batch, say where, as in Mixing(MixUp(.4), y="target")')
 
 # %% ../nbs/18_lightning.ipynb #a440cd29
 def batch_targets(
-    trainer:pl.Trainer, # Of the module, `self.trainer`
+    trainer:pl.Trainer, # The module's, `self.trainer`
     *yb, # Targets as they are in the batch, each (bs, ...)
 ) -> list: # Pairs of a target, or a tuple of them where there are several, and weights, (bs,) or 1.
-    "The targets of each sample of the present batch and of its partners, none of them blended, with their weights: for metrics in `training_step`"
+    "The targets of each sample of the batch and of its partners, never blended, with their weights: for metrics in `training_step`"
     record,parts = next((cb.record for cb in trainer.callbacks if isinstance(cb, Mixing)), None),[(yb,1.)]
     if trainer.training and record and not record.closed:
         at = [next((i for i,o in enumerate(record.loss.yb) if o is y), None) for y in yb]
-        if None in at: raise ValueError('batch_targets takes targets as they are in the batch, the same objects: what is made of them, make of what it returns')
+        if None in at: raise ValueError('batch_targets takes targets as they are in the batch, the same objects: pass those, and convert what it returns')
         parts = [(tuple(ys[i] for i in at),w) for ys,w in record.targets()]
     return [(ys if len(ys)>1 else ys[0],w) for ys,w in parts]
 
 # %% ../nbs/18_lightning.ipynb #9e5c2978
 def _writer(logger):
-    "As `write_tensorboard` and `write_wandb`, without their first argument; None where `logger` takes no images"
+    "`write_tensorboard` or `write_wandb`, without its first argument; None if `logger` takes no images"
     if isinstance(logger, pl.loggers.WandbLogger): return partial(write_wandb, logger.log_metrics)
     return partial(write_tensorboard, logger.experiment) if hasattr(logger.experiment, 'add_image') else None
 
@@ -227,18 +227,18 @@ def _writer(logger):
 class MixMonitor(pl.Callback):
     "Log what the model trains on through the trainer's loggers: images with their targets, λ and schedules"
     def __init__(self,
-        every:int=None, # Log images every so many batches; by default once an epoch, of its first batch
-        max_n:int=9, # Show so many samples at most
+        every:int=None, # Log images every `every` batches; by default, of the first batch of each epoch
+        max_n:int=9, # Show at most this many samples
         vocab:list=None, # Names of classes
     ): self.reporter = MixReporter(every, max_n, vocab)
 
     def on_fit_start(self, trainer, pl_module):
         "Find the mixer, and loggers that take images"
         self.mixing = next((cb for cb in trainer.callbacks if isinstance(cb, Mixing)), None)
-        if not self.mixing: raise ValueError('MixMonitor has no mixer to report of: pass the Trainer one, as in callbacks=[Mixing(MixUp(.4)), MixMonitor()]')
+        if not self.mixing: raise ValueError('MixMonitor has no mixer to report on: add one to the Trainer, as in callbacks=[Mixing(MixUp(.4)), MixMonitor()]')
         self.writers = [o for o in map(_writer, trainer.loggers) if o]
-        if not self.writers: raise ValueError('MixMonitor logs images, but this Trainer has no logger that takes any: '
-            f'it has {", ".join(type(o).__name__ for o in trainer.loggers) or "none"}. Pass it one, as in logger=TensorBoardLogger(".")')
+        if not self.writers: raise ValueError('MixMonitor logs images, but this Trainer has no logger that takes images: '
+            f'it has {", ".join(type(o).__name__ for o in trainer.loggers) or "none"}. Add one, as in logger=TensorBoardLogger(".")')
         self.reporter.lams = []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):

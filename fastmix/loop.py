@@ -1,4 +1,4 @@
-"""Mixing in a PyTorch loop of your own, in the workers of a `DataLoader`, compiled, and under Accelerate
+"""Mixing in a PyTorch loop of your own, in the workers of a `DataLoader`, with `torch.compile`, and with Accelerate
 
 Docs: https://fastmix.github.io/fastmix/loop.html.md"""
 
@@ -28,11 +28,11 @@ def _describe(o):
 def _keys(path): return path if isinstance(path, tuple) else (path,)
 
 def _at(batch, path):
-    "What is in `batch` at `path`, a key or position, or a tuple of them from the outside in"
+    "The part of `batch` at `path`: a key or position, or a tuple of them from the outside in"
     o = batch
     for key in _keys(path):
         there = key in o if isinstance(o, Mapping) else isinstance(o, (tuple,list)) and isinstance(key, int) and -len(o)<=key<len(o)
-        if not there: raise ValueError(f'The batch has nothing at {path!r}, since {key!r} is not in {_describe(o)}: say where inputs and targets are, '
+        if not there: raise ValueError(f'The batch has nothing at {path!r}, since {key!r} is not in {_describe(o)}: pass where inputs and targets are, '
             'as in x="image", y=("target","class")')
         o = o[key]
     return o
@@ -57,32 +57,32 @@ def _others(batch, paths):
 class BatchKeys:
     "Where the inputs and targets of a batch are"
     def __init__(self,
-        x=None, # A key or position, a tuple of them into a nest, or a list of such; by default 'img' of a mapping, the first of a pair
+        x=None, # A key or position, a tuple of them into a nest, or a list of these; by default 'img' of a mapping, the first of a pair
         y=None, # The same for targets; by default 'label' of a mapping, the second of a pair
     ): self.x,self.y = x,y
 
     def paths(self,
         batch, # As a loader returns it
     ) -> tuple: # A list of paths to inputs, and one of paths to targets
-        "Where inputs and targets are; a `ValueError` where it is not clear"
+        "Where inputs and targets are; a `ValueError` if that is unclear"
         x,y = (o if o is None or isinstance(o, list) else [o] for o in (self.x,self.y))
         if isinstance(batch, Mapping): x,y = x or ['img'],y or ['label']
         elif isinstance(batch, (tuple,list)) and len(batch)>1:
             if len(batch)>2 and not (x and y): raise ValueError(f'A batch of {len(batch)} may hold an index or weights besides inputs and targets: '
-                'say where both of them are, as in x=0, y=1, or x=[0,1], y=2')
+                'pass the positions of both, as in x=0, y=1, or x=[0,1], y=2')
             y = y or _others(batch, x or [0])
             x = x or _others(batch, y)
         if not x or not y or len(y)>1 and self.y is None: raise ValueError(
-            f'The batch must hold inputs and targets, but it is {_describe(batch)}, with x={self.x!r} and y={self.y!r}: say where they are, as in x=0, y=2')
+            f'The batch must hold inputs and targets, but it is {_describe(batch)}, with x={self.x!r} and y={self.y!r}: pass where they are, as in x=0, y=2')
         return x,y
 
     def take(self,
         batch, # As a loader returns it
     ) -> tuple: # A tuple of inputs and one of targets, tensors or nests of them
-        "The inputs and the targets; a `ValueError` that says what is there instead, or if something would be both"
+        "The inputs and the targets; a `ValueError` if one is not there, or if a tensor would be both"
         x,y = self.paths(batch)
         xb,yb = (tuple(_at(batch, o) for o in paths) for paths in (x,y))
-        if {*map(id, tensors_in(xb))} & {*map(id, tensors_in(yb))}: raise ValueError(f'x={x} and y={y} would take one tensor as input and as target: name others')
+        if {*map(id, tensors_in(xb))} & {*map(id, tensors_in(yb))}: raise ValueError(f'x={x} and y={y} would take one tensor as input and as target: pass others')
         return xb,yb
 
     def replace(self,
@@ -90,17 +90,17 @@ class BatchKeys:
         xb:tuple, # Inputs
         yb:tuple, # Targets
     ): # As `batch`
-        "A batch with other inputs and targets"
+        "A copy of the batch with other inputs and targets"
         for path,value in zip(sum(self.paths(batch), []), (*xb,*yb)): batch = _replace(batch, path, value)
         return batch
 
 # %% ../nbs/17_loop.ipynb #4c7a13f4
 def _check_collated(mixer):
-    "An error that says what to write instead, if `mixer` cannot mix in a loader"
+    "Raise an error that says what to write instead, if `mixer` cannot mix in a loader"
     check_mixer(mixer, 'MixCollate(MixUp(.4))')
     def refuse(why, instead): raise ValueError(f'{mixer!r} {why}: {instead}')
     if mixer.hyper_parameters(0.): refuse('follows a schedule, and a loader does not know how much of the training is done',
-        'mix in the loop, by plan = mixer.draw(x, pct=fraction_done)')
+        'mix in the loop, with plan = mixer.draw(x, pct=fraction_done)')
     if mixer.second_loader: refuse('takes partners from a second loader, which the workers of the first cannot share',
         'mix in the loop, after xb,yb = mixer.partners.append_partners(xb, yb), or use partners of the same batch, such as partners=balanced')
     if type(mixer).mix_inputs is not MixHandler.mix_inputs: refuse('mixes behind hidden layers, which a loader does not have', 'use MixUp(.4)')
@@ -114,7 +114,7 @@ class MixCollate:
         mixer:MixHandler, # How to mix, such as `MixUp(.4)`
         x=None, # Where inputs are in a batch, as in `BatchKeys`
         y=None, # Where targets are
-        collate_fn:callable=default_collate, # Makes a batch of a list of samples
+        collate_fn:callable=default_collate, # Function that makes a batch of a list of samples
     ):
         _check_collated(mixer)
         if not callable(collate_fn): raise TypeError(f'collate_fn must be a function of a list of samples, such as default_collate, but it is {collate_fn!r}')
@@ -123,7 +123,7 @@ class MixCollate:
     def __call__(self,
         samples:list, # As a `Dataset` returns them
     ) -> tuple: # The batch with mixed inputs and unmixed targets, and the `Plan`
-        "A batch, mixed, and how it was mixed"
+        "The mixed batch, and the plan that mixed it"
         worker = get_worker_info()
         if worker and worker.seed!=self.seed:
             self.seed = worker.seed

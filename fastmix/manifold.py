@@ -1,4 +1,4 @@
-"""mixup of what hidden layers make of a batch
+"""mixup of the outputs of hidden layers
 
 Docs: https://fastmix.github.io/fastmix/manifold.html.md"""
 
@@ -29,7 +29,7 @@ __all__ = ['stages', 'find_layers', 'LayerPlan', 'HiddenLayer', 'ManifoldMixUp']
 def _is_sequence(m): return type(m).forward is nn.Sequential.forward   # and no subclass that does something else
 
 def _chain(m):
-    "Name of the part whose layers come one after the other, None where that is unknown"
+    "Name of the part whose layers run in sequence; None if it is unknown"
     if type(m).forward is TabularModel.forward: return 'layers'
     if not _is_sequence(m) or not len(m): return None
     if type(m[-1]).forward is PoolingLinearClassifier.forward: return f'{len(m)-1}.layers'   # texts
@@ -43,8 +43,8 @@ def _activations(m): return [name for name,o in list(m.named_children())[:-1] if
 # %% ../nbs/11_manifold.ipynb #c9d11a8b
 def stages(
     model:nn.Module, # fastai's for images, tables and texts, or a plain `nn.Sequential`
-) -> list: # Names of layers, as in `model.named_modules()`; none where they are unknown
-    "The layers of a model that come one after the other, all but the last"
+) -> list: # Names of layers, as in `model.named_modules()`; empty if they are unknown
+    "The layers of a model that run in sequence, except the last"
     at = _chain(model)
     if at is None: return []
     m = model.get_submodule(at)
@@ -56,26 +56,26 @@ def find_layers(
     model:nn.Module, # Of any kind
     layers:list=None, # Names, patterns such as `'0.[456]'`, modules of `model`, or `'input'`; by default the `stages`
 ) -> list: # Names, each once
-    "The layers that are meant, or a `ValueError` that says what there is"
+    "Names of the layers to mix behind, or a `ValueError` that lists those of the model"
     if layers is None and (names := stages(model)): return names
     there,res = {name:m for name,m in model.named_modules() if name},{}
     known = ', '.join(name for name in there if name.count('.')<2)
-    if layers is None: raise ValueError(f'It is unknown where a {type(model).__name__} can be mixed: name layers, of {known}')
+    if layers is None: raise ValueError(f'It is unknown where a {type(model).__name__} can be mixed: pass layers, such as {known}')
     for o in layers:
         found = [o] if o=='input' else [name for name,m in there.items() if (m is o if isinstance(o, nn.Module) else fnmatch(name, str(o)))]
-        if not found: raise ValueError(f'layers names {str(o)[:60]!r}, which is no layer of the model: it has input, {known}')
+        if not found: raise ValueError(f'layers names {str(o)[:60]!r}, which is not a layer of the model: its layers are input, {known}')
         res |= dict.fromkeys(found)
     if res: return list(res)
-    raise ValueError(f'layers must name what to mix behind, but it is {layers!r}')
+    raise ValueError(f'layers must name at least one layer to mix behind, but it is {layers!r}')
 
 # %% ../nbs/11_manifold.ipynb #56aa6452
 def _check_not_compiled(model, layers):
-    "A `TypeError` if one of `layers` is compiled, or a part of what is: nothing can be mixed there"
+    "Raise a `TypeError` if one of `layers` is in a compiled part of the model, where nothing can be mixed"
     for name in layers:
         parts = name.split('.') if name!='input' else []
         if any(is_compiled(model.get_submodule('.'.join(parts[:i]))) for i in range(len(parts)+1) if i or parts): raise TypeError(
-            f'The layer {name} is compiled, or part of a compiled model, where nothing can be mixed: train the model itself, '
-            'learn.model = learn.model._orig_mod, or compile only parts behind the layer')
+            f'The layer {name} is compiled, or part of a compiled model, where nothing can be mixed: train the uncompiled model, '
+            'learn.model = learn.model._orig_mod, or compile only what comes after the layer')
 
 class LayerPlan(Plan):
     "A `Plan`, and the layer to mix behind"
@@ -90,20 +90,20 @@ class LayerPlan(Plan):
 _transformers = {nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerEncoder, nn.TransformerDecoder, nn.Transformer}
 
 def _fault(module, h, n):
-    "Why `h`, which `module` returned for `n` samples, cannot be mixed, if it cannot"
+    "Why `h`, which `module` returned for `n` samples, cannot be mixed; None if it can"
     if not isinstance(h, Tensor): return f'returns a {type(h).__name__} instead of a tensor'
-    if not h.ndim or len(h)!=n: return f'returns a tensor of shape {tuple(h.shape)}, which has not one row for each of the {n} samples'
+    if not h.ndim or len(h)!=n: return f'returns a tensor of shape {tuple(h.shape)}, which lacks one row for each of the {n} samples'
     times_first = type(module) in _transformers and any(getattr(m, 'batch_first', True) is False for m in module.modules())
     if times_first and h.ndim==3 and len(h)==h.shape[1]: return 'returns as many time steps as samples, and is not batch_first'
 
 # %% ../nbs/11_manifold.ipynb #2d6504b3
 class HiddenLayer(MixedInputs):
     "Inputs that are mixed behind a hidden layer, by hooks on the model that serve one batch"
-    plan,xs,inside,n_calls = None,(),False,0   # a copy has no more, so that its hooks do nothing
+    plan,xs,inside,n_calls = None,(),False,0   # a copy has only these defaults, so its hooks do nothing
     def __init__(self,
         plan:LayerPlan, # How the batch is mixed, and behind which layer
         xs:tuple, # Inputs, each (n, ...)
-        model:nn.Module, # Whose layer it is; it, or one of its children, is called with `xs`
+        model:nn.Module, # Model with this layer; it, or one of its children, is called with `xs`
     ):
         self.plan,self.xs,self.calls = plan,xs,[]
         self.hooks = [get_model(model).get_submodule(plan.layer).register_forward_hook(self.mix),
@@ -127,14 +127,14 @@ class HiddenLayer(MixedInputs):
         fault = 'is called more than once for a batch' if self.n_calls>1 else _fault(module, h, self.plan.n)
         if not fault: return self.plan.mix(h)
         self.close()
-        raise TypeError(f'The layer {self.plan.layer} {fault}, so that it is unknown what to mix: name other layers')
+        raise TypeError(f'The layer {self.plan.layer} {fault}, so it is unclear what to mix: pass other layers')
 
     def check(self) -> bool: # False: the inputs are as they came
-        "After the model: a `RuntimeError` where it has not reached the layer"
+        "Raise a `RuntimeError` if the model, once called, has not reached the layer"
         if self.n_calls: return False
         self.close()
-        raise RuntimeError(f'The model did not reach its layer {self.plan.layer} with the inputs of this batch, so that nothing was mixed: '
-            'name other layers. Have a callback that changes inputs do so earlier, at an `order` below 9.5')
+        raise RuntimeError(f'The model did not reach its layer {self.plan.layer} with the inputs of this batch, so nothing was mixed. '
+            'Pass other layers, or, if a callback changes the inputs, have it do so earlier, at an `order` below 9.5')
 
     def close(self):
         "Remove the hooks"
@@ -143,9 +143,9 @@ class HiddenLayer(MixedInputs):
 # %% ../nbs/11_manifold.ipynb #28f6ae83
 @contextmanager
 def _predicting(model, training):
-    "A function that predicts; afterwards the model is as it was"
+    "Yield a function that predicts; afterwards the model is as it was"
     modes = [(m,m.training) for m in model.modules()]
-    for m,_ in modes: m.training = training and not isinstance(m, _DropoutNd)   # without what a model does in `eval()`
+    for m,_ in modes: m.training = training and not isinstance(m, _DropoutNd)   # not by `train()` and `eval()`, which a model may override
     state = LossState(model, frozen=False)
     def predict(xb, seed=None):
         state.restore()
@@ -158,7 +158,7 @@ def _predicting(model, training):
         for m,mode in modes: m.training = mode
 
 def _permuted(model, layer, xb, training):
-    "Predictions, those for the inputs in another order, and those with this order behind `layer`; None where the layer cannot be mixed"
+    "Predictions, those for the inputs in another order, and those with this order behind `layer`; None if the layer cannot be mixed"
     bs,calls = len(tensors_in(xb)[0]),[]
     idx = torch.arange(bs).roll(1)
     def permute(m, args, h):
@@ -166,14 +166,14 @@ def _permuted(model, layer, xb, training):
         return None if calls[-1] else h[idx]
     with _predicting(model, training) as predict:
         plain,want = predict(xb),predict(map_tensors(lambda x: x[idx], xb))
-        if not all(map(torch.equal, predict(xb, 0), predict(xb, 1))): return None   # noise is of no sample
+        if not all(map(torch.equal, predict(xb, 0), predict(xb, 1))): return None   # noise does not follow the order of samples
         hook = get_model(model).get_submodule(layer).register_forward_hook(permute)
         try: got = predict(xb)
         finally: hook.remove()
-    return (plain,want,got) if calls==[None] else None   # what is wrong with it is said in the batch itself
+    return (plain,want,got) if calls==[None] else None   # mixing the batch itself raises the error
 
 def _has_way_around(model, layer, xb):
-    "Does something lead from the inputs to the predictions without going through `layer`?"
+    "Does something lead from the inputs to the predictions without going through `layer`? None if that is unknown"
     if any(map(is_lazy, model.parameters())): return None
     with _predicting(model, True) as predict: n = len(predict(xb))
     shows = False
@@ -189,18 +189,18 @@ def _has_way_around(model, layer, xb):
 
 # %% ../nbs/11_manifold.ipynb #f80e1e1a
 class ManifoldMixUp(MixUp):
-    "Blend what a layer, drawn for each batch, makes of each training sample with what it makes of another: [manifold mixup](https://arxiv.org/abs/1806.05236)"
+    "For each batch, draw a layer, and blend its output for each sample with that for another: [manifold mixup](https://arxiv.org/abs/1806.05236)"
     @delegates(MixUp)
     def __init__(self,
-        alpha:float=.4, # λ comes from Beta(`alpha`,`alpha`); the paper took 2 for very long trainings; 0 is off
-        layers:list=None, # Names, patterns or modules to mix behind, and 'input'; by default the model's `stages`, and the input if it is of floats
+        alpha:float=.4, # λ comes from Beta(`alpha`,`alpha`); the paper used 2 for very long training; 0 is off
+        layers:list=None, # Names, patterns or modules to mix behind, or 'input'; by default the model's `stages`, and the input if it holds floats
         **kwargs # For `MixUp`
     ):
         super().__init__(alpha, **kwargs)
         self.layers,self.checked = layers if layers is None else list(layers) if is_listy(layers) else [layers],set()
 
     def before_fit(self):
-        "Check that the layers are there, and begin"
+        "Check that the layers exist, and begin the fit"
         model = get_model(self.learn.model)
         names = find_layers(getattr(model, '_orig_mod', model), self.layers)
         _check_not_compiled(model, names)
@@ -220,16 +220,16 @@ class ManifoldMixUp(MixUp):
         return HiddenLayer(plan, xs, model)
 
     def check_layer(self, plan, xs, model):
-        "A `ValueError` if the layer has a way around it: tried once a fit, where the model can be called with the inputs of a batch; in Lightning, ways in `forward` only are found"
+        "Raise a `ValueError` if there is a way around the layer: tested once a fit; in Lightning, in the module's `forward` only"
         try: around = _has_way_around(model, plan.layer, self.learn.xb if self.learn else tuple(x[:len(plan.pairs)] for x in xs))
         except Exception:
             if self.learn: raise
-            around = False   # a module of Lightning that has no `forward` of these inputs
-        if around: raise ValueError(f'Not all that the predictions depend on goes through the layer {plan.layer}, '
-            'so a batch would be mixed in part: name layers that have no way around them')
+            around = False   # a `LightningModule` may have no `forward` of these inputs
+        if around: raise ValueError(f'Not everything that the predictions depend on goes through the layer {plan.layer}, '
+            'so a batch would be mixed only in part: pass layers that have no way around them')
         if around is False: self.checked = self.checked | {plan.layer}
 
     @property
-    def layer(self) -> str: # None between trainings
-        "Name of the layer that the present batch is mixed behind, or 'input'"
+    def layer(self) -> str: # None between fits
+        "Name of the layer that the current batch is mixed behind, or 'input'"
         return self.record and self.record.plan.layer

@@ -1,4 +1,4 @@
-"""Training metrics that mean something when batches are mixed, and calibration
+"""Meaningful training metrics for mixed batches, and calibration
 
 Docs: https://fastmix.github.io/fastmix/metrics.html.md"""
 
@@ -24,20 +24,20 @@ __all__ = ['MixMetric', 'CleanLoss', 'CalibrationError', 'calibration_bins']
 
 # %% ../nbs/13_metrics.ipynb #a473848f
 def _record(learn):
-    "The record of the present batch, if it is one of training and there is a mixer; an error if its targets have been replaced, or the mixer is fastai's own"
+    "The record of the current batch, if it is mixed; an error if its targets have been replaced, or the mixer is fastai's own"
     if not learn.training or not any(isinstance(o, (MixHandler,fastai_mixup.MixHandler)) for o in learn.cbs): return None
     mixer = find_mixer(learn)
     if not mixer.record: return None
     if mixer.record.loss.is_for(learn.yb): return mixer.record
-    raise RuntimeError('A callback has replaced the targets of this mixed batch, so a metric would count those of one part only: have it put them back, or make its changes before order 9.5')
+    raise RuntimeError('A callback has replaced the targets of this mixed batch, so a metric would see only those of one part: have it put them back, or give it an `order` below 9.5')
 
 class MixMetric(Metric):
-    "`metric` on each target of a mixed training batch, by its weight; elsewhere `metric` itself"
+    "`metric` on each target of a mixed training batch, weighted; on other batches, `metric` itself"
     def __init__(self,
         metric, # A fastai metric: a function of predictions and targets, or a `Metric`
     ):
         self.metric = mk_metric(metric)
-        if isinstance(metric, MixMetric): raise TypeError(f'{metric.name} is of mixed batches already: pass it to the learner as it is')
+        if isinstance(metric, MixMetric): raise TypeError(f'{metric.name} is a MixMetric already: pass it to the learner as it is')
 
     def reset(self):
         self.metric.reset()
@@ -66,15 +66,15 @@ class _WithTargets(GetAttr):
     def __init__(self, learn, yb): self.learn,self.yb,self.y = learn,yb,detuplify(yb)
 
 def _values(func, pred, yb):
-    "The metric of each sample (bs,), if their mean is that of the batch; else that of the batch ()"
+    "The metric of each sample (bs,), if their mean is the metric of the batch; otherwise that of the batch ()"
     bs,whole = find_bs(yb),torch.as_tensor(func(pred, *yb)).detach().cpu()
     def value(i): return torch.as_tensor(func(*map_tensors(lambda o: o[i:i+1] if o.ndim and len(o)==bs else o, (pred,*yb)))).detach().cpu()
     try: each = torch.stack(list(map(value, range(bs))))
-    except Exception: return whole   # it is none of single samples
+    except Exception: return whole   # the metric needs more than one sample
     return each if each.ndim==1 and torch.allclose(each.double().mean(), whole.double(), rtol=1e-5) else whole
 
 def _accumulate(metric, learn, yb, weight):
-    "Accumulate the predictions of `learn` with the targets `yb`, and return how many samples these weigh"
+    "Accumulate the predictions of `learn` with the targets `yb`, and return the sum of their weights"
     if not isinstance(weight, Tensor) or type(metric).accumulate is not AvgMetric.accumulate:
         metric.accumulate(_WithTargets(learn, yb))
         return weight.sum().item() if isinstance(weight, Tensor) else weight*find_bs(yb)
@@ -86,30 +86,30 @@ def _accumulate(metric, learn, yb, weight):
 # %% ../nbs/13_metrics.ipynb #9ea9427e
 @contextmanager
 def _evaluating(learn):
-    "Let `learn` evaluate in the middle of a training batch; afterwards it and its model are as they were"
+    "Let `learn` evaluate in the middle of a training batch; afterwards, restore it and its model"
     was = {k:getattr(learn, k) for k in ('training','xb','yb','pred')}
     modes = [(m,m.training) for m in learn.model.modules()]
     try:
         learn.training = False
-        for m,_ in modes: m.training = False   # without what a model does in `eval()`
+        for m,_ in modes: m.training = False   # not by `eval()`, which a model may override
         with torch.no_grad(): yield
     finally:
         for m,mode in modes: m.training = mode
         for k,v in was.items(): setattr(learn, k, v)
 
 class CleanLoss(Metric):
-    "The loss of training batches as they were before they were mixed, without dropout: at the price of one more forward pass"
+    "The loss of training batches before mixing, without dropout; it costs one more forward pass"
     def reset(self): self.total,self.count = 0.,0
 
     def accumulate(self, learn):
         record,bs = _record(learn),find_bs(learn.yb)
         if record and any(a is not b for a,b in zip(tensors_in(learn.xb), tensors_in(record.mixed_xb))): raise RuntimeError(
-            'A callback has changed the inputs of this batch after they were mixed, so what the loss would be without mixing is not known: give it an `order` below 9.5')
+            'A callback has changed the inputs of this batch after they were mixed, so the loss without mixing is unknown: give it an `order` below 9.5')
         loss = self.loss(learn, record.xb, record.yb) if record else learn.loss.mean()
         self.total,self.count = self.total + learn.to_detach(loss)*bs,self.count+bs
 
     def loss(self, learn, xb, yb):
-        "The loss of a batch, with what callbacks do to predictions"
+        "The loss of a batch, after callbacks have changed its predictions"
         state = LossState(learn.loss_func)
         with _evaluating(learn):
             learn.xb,learn.yb = xb,yb
@@ -127,7 +127,7 @@ class CleanLoss(Metric):
 
 # %% ../nbs/13_metrics.ipynb #224b09fa
 def _labelled(loss_func, probs, targs):
-    "Probabilities (n, c) and classes (n,), without what the loss ignores; a `ValueError` if `targs` are no class for each prediction"
+    "Probabilities (n, c) and classes (n,), without those that the loss ignores; a `ValueError` unless each prediction has one class"
     if targs.shape==(len(probs),1) and probs.ndim==2: targs = targs[:,0]
     loss_func = unmixed_loss(loss_func)
     probs = as_plain(probs).movedim(loss_option(loss_func, 'axis', 1), -1) if probs.ndim>1 else probs
@@ -135,20 +135,20 @@ def _labelled(loss_func, probs, targs):
         keep = targs != loss_option(loss_func, 'ignore_index', -100)
         probs,targs = probs[keep],as_plain(targs)[keep].long()
         if not len(targs) or 0<=targs.min()<=targs.max()<probs.shape[1]: return probs,targs
-        raise ValueError(f'Calibration needs classes from 0 to {probs.shape[1]-1}, but there are targets from {targs.min()} to {targs.max()}: give the loss an attribute ignore_index')
-    raise ValueError(f'Calibration needs one class for each sample, but predictions have the shape {tuple(probs.shape)} and targets {tuple(targs.shape)}, {targs.dtype}')
+        raise ValueError(f'Calibration needs classes from 0 to {probs.shape[1]-1}, but there are targets from {targs.min()} to {targs.max()}: give the loss an ignore_index')
+    raise ValueError(f'Calibration needs one class for each sample, but predictions have shape {tuple(probs.shape)} and targets {tuple(targs.shape)}, {targs.dtype}')
 
 def _as_probs(loss_func, pred):
-    "Probabilities of classes: by the loss's own `activation`, or as the model predicts them, or by softmax"
+    "Probabilities of classes: from the loss's own `activation`, or from the model as they are, or from a softmax"
     probs = getattr(loss_func, 'activation', noop)(pred)
     is_done = probs is not pred or pred.min()>=0 and torch.allclose(pred.sum(1), torch.ones((), dtype=pred.dtype, device=pred.device), atol=1e-3)
     return probs if is_done else F.softmax(pred, 1)
 
 class CalibrationError(AccumMetric):
-    "Expected calibration error of classes, as torchmetrics computes it; it ranges from 0 to 1"
+    "Expected calibration error of classes, 0 to 1, as torchmetrics computes it"
     def __init__(self,
         n_bins:int=15, # Bins of equal width
-        norm:str='l1', # 'l1', the expected error; 'l2', its root mean square; 'max', the largest of all bins
+        norm:str='l1', # Over the bins: 'l1' for the expected error, 'l2' for its root mean square, 'max' for the largest
     ):
         try: from torchmetrics.functional.classification import multiclass_calibration_error
         except ImportError as e: raise ImportError('CalibrationError needs torchmetrics: pip install "fastmix[metrics]"') from e
@@ -164,7 +164,7 @@ def calibration_bins(
     probs:Tensor, # (n, c, ...) Probabilities
     targs:Tensor, # (n, ...) Classes
     n_bins:int=15, # Bins of equal width
-) -> tuple: # Mean confidence, accuracy, and fraction of the samples: (n_bins,) each; nan where a bin is empty
+) -> tuple: # Mean confidence, accuracy and fraction of the samples, (n_bins,) each; the first two are nan in empty bins
     "Sort predictions into bins by their confidence"
     conf,pred = [o.flatten() for o in as_plain(probs).double().max(1)]
     at = (conf*n_bins).long().clamp_max(n_bins-1)
@@ -174,13 +174,13 @@ def calibration_bins(
 
 @patch
 def plot_calibration(self:Learner,
-    ds_idx:int=1, # Which of the learner's data sets: 0 to train on, 1 to validate on
-    dl=None, # Another loader, with targets
+    ds_idx:int=1, # Which of the learner's sets: 0 for training, 1 for validation
+    dl=None, # Another loader, with targets, to use instead
     n_bins:int=15, # Bins of equal width
     ax:plt.Axes=None, # Where to draw; new axes by default
     **kwargs # For `plt.subplots`
 ) -> plt.Axes:
-    "Draw a reliability diagram: accuracy over confidence, and how often each confidence occurs; the title has the expected calibration error"
+    "Draw a reliability diagram: accuracy and frequency of each confidence; the title gives the expected calibration error"
     with self.no_bar(): pred,targs = self.get_preds(ds_idx, dl, act=noop)
     conf,acc,fraction = calibration_bins(*_labelled(self.loss_func, _as_probs(self.loss_func, pred), targs), n_bins)
     ax,left = ax or plt.subplots(**kwargs)[1],torch.arange(n_bins)/n_bins

@@ -1,4 +1,4 @@
-"""`MixUp`, `CutMix` and their kin: what `cbs=` takes, and what a loop, a collate function and Lightning take, too
+"""`MixUp`, `CutMix` and the other mixers, for a fastai learner, a plain loop, a collate function or Lightning
 
 Docs: https://fastmix.github.io/fastmix/mixers.html.md"""
 
@@ -33,7 +33,7 @@ class MixUp(BetaMix):
         alpha:float=.4, # λ comes from Beta(`alpha`,`alpha`); .1 to .4 usually does well, large values underfit, 0 is off
         per_batch:bool=False, # One λ for the whole batch, as in the paper's own code, instead of one per sample?
         fold:bool=True, # Replace λ by max(λ, 1-λ)? The paper's own code does not
-        k:int=2, # Samples in each mixture; of more than two the weights come from a Dirichlet distribution
+        k:int=2, # Samples in each mixture; for more than two, the weights come from a Dirichlet distribution
         **kwargs # For `MixHandler`
     ):
         super().__init__(alpha, per_batch, fold, **kwargs)
@@ -53,7 +53,7 @@ class CutMix(RegionMix):
         alpha:float=1., # The box covers the fraction 1-λ, before clipping, with λ from Beta(`alpha`,`alpha`); 0 is off
         per_batch:bool=False, # One box for the whole batch, as in the paper, instead of one per sample?
         fold:bool=False, # Replace λ by max(λ, 1-λ), so that the box covers half of the image at most?
-        min_side:float=0., # Least side of the box, before clipping, as a fraction of the image's
+        min_side:float=0., # Smallest side of the box, before clipping, as a fraction of the image's
         max_side:float=1., # Largest side of the box, as a fraction of the image's
         **kwargs # For `MixHandler`
     ):
@@ -65,7 +65,7 @@ class CutMix(RegionMix):
         return Boxes(draw_boxes(lam, size, rng), size)
 
 def _check_sides(min_side, max_side):
-    "The sides of a box, as fractions of the image's, or a `ValueError` where they are not in order and between 0 and 1"
+    "The sides of a box, as fractions of the image's; a `ValueError` unless 0 <= `min_side` <= `max_side` <= 1"
     lo,hi = check_fraction('min_side', min_side),check_fraction('max_side', max_side)
     if lo<=hi: return lo,hi
     raise ValueError(f'min_side must be at most max_side, but they are {lo} and {hi}')
@@ -77,10 +77,10 @@ class ResizeMix(MixHandler):
     @delegates(MixHandler)
     def __init__(self,
         *,
-        min_side:float=.1, # Least side of the box, as a fraction of the image's
+        min_side:float=.1, # Smallest side of the box, as a fraction of the image's
         max_side:float=.8, # Largest side of the box, as a fraction of the image's
         per_batch:bool=False, # One box for the whole batch instead of one per sample?
-        spatial_dims:int=None, # How many of the last dimensions are places; by default all after the channels
+        spatial_dims:int=None, # Number of trailing spatial dimensions; by default all after the channels
         **kwargs # For `MixHandler`
     ):
         super().__init__(per_batch=per_batch, **kwargs)
@@ -97,7 +97,7 @@ class SaliencyMix(RegionMix):
     @delegates(RegionMix)
     def __init__(self,
         alpha:float=1., # The box covers the fraction 1-λ, before clipping, with λ from Beta(`alpha`,`alpha`); 0 is off
-        saliency:callable=spectral_residual, # Function of a batch (bs, channels, *size): its map (bs, *small), of any size
+        saliency:callable=spectral_residual, # Function of a batch (bs, channels, *size) that returns maps (bs, *small), of any size
         per_batch:bool=False, # One box for the whole batch, where it is most salient on average, instead of one per sample?
         fold:bool=False, # Replace λ by max(λ, 1-λ), so that the box covers half of the image at most?
         **kwargs # For `MixHandler`
@@ -123,25 +123,25 @@ class FMix(RegionMix):
     @delegates(RegionMix)
     def __init__(self,
         alpha:float=1., # The regions cover the fraction 1-λ, with λ from Beta(`alpha`,`alpha`); 0 is off
-        decay:float=3., # δ: how fast the noise falls with the frequency; the larger, the smoother the regions
+        decay:float=3., # δ, how fast the noise falls with frequency; larger values make smoother regions
         per_batch:bool=False, # One mask for the whole batch, as in the paper's own code, instead of one per sample?
         fold:bool=False, # Replace λ by max(λ, 1-λ)?
         **kwargs # For `MixHandler`
     ):
         super().__init__(alpha, per_batch, fold, **kwargs)
-        if not (isinstance(decay, numbers.Real) and decay>=0): raise ValueError(f'decay must be a number of at least 0 (larger is smoother, 3 usual), but it is {decay!r}')
+        if not (isinstance(decay, numbers.Real) and decay>=0): raise ValueError(f'decay must be a number of at least 0, such as 3, but it is {decay!r}')
         self.decay = float(decay)
 
     def region(self, lam, size, rng): return Mask(draw_fourier_masks(lam, size, rng, self.decay), size)
 
 # %% ../nbs/10_mixers.ipynb #c491b726
 class GridMix(RegionMix):
-    "Paste cells of a grid of another sample of its batch: [GridMix](https://doi.org/10.1016/j.patcog.2020.107594), without its loss of each cell"
+    "Paste cells of a grid of another sample of its batch: [GridMix](https://doi.org/10.1016/j.patcog.2020.107594), without its loss of cells"
     @delegates(RegionMix)
     def __init__(self,
         alpha:float=1., # The cells cover the fraction 1-λ, with λ from Beta(`alpha`,`alpha`); 0 is off
         cells:int=4, # Cells along each side
-        per_batch:bool=False, # The same cells for the whole batch instead of others for each sample?
+        per_batch:bool=False, # The same cells for the whole batch instead of new ones for each sample?
         fold:bool=False, # Replace λ by max(λ, 1-λ)?
         **kwargs # For `MixHandler`
     ):
@@ -156,8 +156,8 @@ class OneOf(MixHandler):
     @delegates(MixHandler, but='p')
     def __init__(self,
         *mixers:MixHandler, # Such as `MixUp(.4)`, `CutMix(1.)`, or None to leave samples as they are
-        p:list=None, # Weight of each, numbers or functions of the fraction of the training that is done; all the same by default
-        per_batch:bool=True, # One of them for the whole batch, instead of one for each sample?
+        p:list=None, # Weight of each mixer: a number, or a function of the fraction of the training that is done; equal by default
+        per_batch:bool=True, # Choose one mixer for the whole batch, instead of one for each sample?
         **kwargs # For `MixHandler`
     ):
         n = len(mixers)
@@ -176,14 +176,13 @@ class OneOf(MixHandler):
     def fraction(self, pct): return float(self.is_on(pct))
     def probabilities(self,
         pct:float, # Fraction of the training that is done, 0 to 1
-    ) -> list: # One for each mixer, with the sum 1
-        "How likely each mixer is"
+    ) -> list: # A probability for each mixer; they sum to 1
+        "The probability of each mixer"
         return _check_probabilities(self.weights_at(pct), len(self.mixers))
 
     def set_rng(self, rng):
         super().set_rng(rng)
-        for m in self.mixers:
-            if m: m.set_rng(rng)
+        for m in filter(None, self.mixers): m.set_rng(rng)
 
     def weights_at(self, pct): return [value_at(o, pct) for o in self.p or [1.]*len(self.mixers)]
 
@@ -202,8 +201,8 @@ class OneOf(MixHandler):
 def _check_probabilities(
     p:list, # Weights
     n:int, # How many there must be
-) -> list: # As many, with the sum 1
-    "`p` as probabilities, or a `ValueError` that names what is wrong with them"
+) -> list: # As many probabilities; they sum to 1
+    "`p` as probabilities, or a `ValueError` that says what is wrong"
     ok = len(p)==n and all(isinstance(o, numbers.Real) and 0<=o<math.inf for o in p)
     if ok and sum(p)>0: return [o/sum(p) for o in p]
     raise ValueError(f'p must hold a weight of at least 0 for each of the {n} mixers, and not only zeros, but it is {p!r}')
@@ -211,28 +210,28 @@ def _check_probabilities(
 def _check_part(
     m, # A mixer, or None
 ):
-    "An error that says why `m` cannot take turns with other mixers, if it cannot"
+    "Raise an error if `m` cannot be combined with other mixers"
     if m is None: return
-    if isinstance(m, fastai_mixup.MixHandler): raise TypeError(f"This {m!r} is fastai's own: import fastmix after fastai, whose mixers have the same names")
+    if isinstance(m, fastai_mixup.MixHandler): raise TypeError(f"This {m!r} is fastai's own: import fastmix after fastai, since both use this name")
     if not isinstance(m, MixHandler): raise TypeError(
         f'OneOf takes mixers one by one, or None to leave samples as they are, as in OneOf(MixUp(.4), CutMix(1.), None), but {m!r} is a {type(m).__name__}')
-    if type(m).mix_inputs is not MixHandler.mix_inputs: raise ValueError(f'{m!r} mixes behind hidden layers, and cannot take turns with mixers of inputs')
+    if type(m).mix_inputs is not MixHandler.mix_inputs: raise ValueError(f'{m!r} mixes behind hidden layers, not inputs: use it without OneOf')
     for name,unset in dict(partners=None, y_int=None, soft=False).items():
         if getattr(m, name) is not unset: raise ValueError(
             f'{m!r} has {name}={getattr(m, name)!r} of its own, which all parts of OneOf must share: pass it to OneOf, as in OneOf(MixUp(.4), CutMix(1.), {name}=...)')
 
 # %% ../nbs/10_mixers.ipynb #b5a38399
 class CutMixUp(OneOf):
-    "`MixUp` or `CutMix`, by turns"
+    "`MixUp` or `CutMix`, chosen at random for each batch, or each sample"
     @delegates(OneOf, but='p')
     def __init__(self,
-        alpha:float=.4, # Of `MixUp`
-        cut_alpha:float=1., # Of `CutMix`
+        alpha:float=.4, # `alpha` of `MixUp`
+        cut_alpha:float=1., # `alpha` of `CutMix`
         cut_p:float=.5, # Fraction of the batches, or samples, to cut
-        spatial_dims:int=None, # How many of the last dimensions are places; by default all after the channels
+        spatial_dims:int=None, # Number of trailing spatial dimensions; by default all after the channels
         **kwargs # For `OneOf`
     ):
-        if 'p' in kwargs: raise TypeError(f'CutMixUp has cut_p, the fraction to cut, and not p={kwargs["p"]!r}. To mix a fraction only, write OneOf(MixUp(.4), CutMix(), None, p=[1,1,2])')
+        if 'p' in kwargs: raise TypeError(f'CutMixUp has cut_p, the fraction to cut, and not p={kwargs["p"]!r}. To mix only a fraction, write OneOf(MixUp(.4), CutMix(), None, p=[1,1,2])')
         super().__init__(MixUp(alpha), CutMix(cut_alpha, spatial_dims=spatial_dims), p=[_rest(cut_p),cut_p], **kwargs)
 
     def __repr__(self): return f'CutMixUp({self.mixers[0].alpha!r}, {self.mixers[1].alpha!r}, {self.p[1]!r})'

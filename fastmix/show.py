@@ -1,4 +1,4 @@
-"""Mixed batches as images, and the distribution of λ that an alpha stands for
+"""Show mixed batches as images, and plot the distribution of λ for an alpha
 
 Docs: https://fastmix.github.io/fastmix/show.html.md"""
 
@@ -32,7 +32,7 @@ def mix_caption(
     weights:list, # Of the sample itself, and of its partners
     ys:list, # Their targets, decoded
 ) -> str: # Such as "0.72 cat + 0.28 dog"; empty for points and images
-    "The targets in a mixture with their weights; for numbers the blend too"
+    "The targets in a mixture with their weights, and for numbers also the blend"
     if isinstance(ys[0], TensorMask): return f'{weights[0]:.2f} own mask + {1-weights[0]:.2f} partner' + 's'*(len(ys)>2)
     if isinstance(ys[0], Tensor) and ys[0].ndim>1: return ''
     ys = [o.tolist() if isinstance(o, Tensor) else o for o in ys]
@@ -42,7 +42,7 @@ def mix_caption(
 
 # %% ../nbs/12_show.ipynb #18c7044a
 def _decode_rows(dls, b, max_n=9):
-    "The samples of a batch in the words of the data"
+    "The decoded samples of a batch"
     if not isinstance(dls.train, TabDataLoader): return dls.train.decode_batch(b, max_n=max_n, full=False)
     rows = dls.train.decode(tuple(o[:max_n] for o in b)).decode()
     return [(row,)*dls.n_inp + tuple(row[o] for o in rows.y_names) for row in rows.items.to_dict('records')]
@@ -50,12 +50,12 @@ def _decode_rows(dls, b, max_n=9):
 # %% ../nbs/12_show.ipynb #8ae94142
 def decode_mix(
     dls:DataLoaders, # How items are decoded
-    plan:Plan, # How the targets were mixed
-    inputs:tuple, # As the model is called with them
+    plan:Plan, # How the targets are mixed
+    inputs:tuple, # Mixed inputs, as passed to the model
     yb:tuple, # Targets, each (n, ...): those of the batch, and any of samples that are partners only
-    max_n:int=9, # Decode so many samples at most
-) -> tuple: # Items, as the model is called with them; for each item and target those of the samples in the mixture; for each target whether it is blended
-    "The items of a mixed batch, and their targets before they were mixed, in the words of the data"
+    max_n:int=9, # Decode at most this many samples
+) -> tuple: # Decoded items; for each item and target, those of the samples in the mixture; for each target, whether it is blended
+    "The items of a mixed batch, and their targets before mixing, decoded"
     blended,inputs = list(map(plan.is_blended, yb)),map_tensors(lambda o: o[:max_n], inputs)
     targets = targets_of_parts(plan, tuple(y if b else plan.mix(y) for y,b in zip(yb, blended)), blended) or [()]
     parts = [_decode_rows(dls, (*inputs, *(y[:max_n] for y in ys)), max_n) for ys in targets]
@@ -63,7 +63,7 @@ def decode_mix(
 
 # %% ../nbs/12_show.ipynb #73861a6e
 def _show_target(ys, weights, blended, ctx):
-    "Draw masks, each as strongly as its weight says, and points; the rest is for the caption that comes back"
+    "Draw points, and masks with their weights as opacity; return the caption for other targets"
     if not blended:
         ys[0].show(ctx=ctx)
         return ''
@@ -82,7 +82,7 @@ def _lay_over(saliency, ctx):
 
 # %% ../nbs/12_show.ipynb #6c41d011
 def _mix_table(dls, plan, xb, yb, max_n):
-    "A batch of a table as a `DataFrame`; `yb` of partners that have none are left out"
+    "A batch of a table as a `DataFrame`; where partners have no targets, only the samples' own are shown"
     pairs,weights = plan.pairs[:max_n],plan.sample_weights.tolist()
     def rows(j): return _decode_rows(dls, (*(x[j] for x in xb), *(y[j if len(y)==len(xb[0]) else pairs[:,0]] for y in yb)), max_n)
     def cell(name, ws, values):
@@ -95,7 +95,7 @@ def _mix_table(dls, plan, xb, yb, max_n):
 def _show_items(items, targets, blended, weights, grid):
     "The axes of a grid of captioned images"
     shown = [i for i,o in enumerate(items[0][:-len(blended) or None]) if hasattr(o, 'show')]
-    if not shown: raise TypeError(f'show_mix shows images, but the input is a {type(items[0][0]).__name__}')
+    if not shown: raise TypeError(f'show_mix shows images and tables, but the input is a {type(items[0][0]).__name__}')
     axs = get_grid(len(items), *grid)
     for item,yss,ws,ctx in zip(items, targets, weights, axs):
         for i in shown: ctx = item[i].show(ctx=ctx)
@@ -108,17 +108,17 @@ def _show_items(items, targets, blended, weights, grid):
 def show_mix(self:MixHandler,
     dls:DataLoaders, # Where the batch comes from, and how it is decoded
     b:tuple=None, # Batch to mix, as the loader returns it; one of the training set by default
-    max_n:int=9, # Show so many images at most
+    max_n:int=9, # Show at most this many images
     nrows:int=None, # Rows of the grid
     ncols:int=None, # Columns of the grid
     figsize:tuple=None, # Width and height of the figure, in inches
-    saliency:callable=None, # Lay this map of each partner over the image, such as `spectral_residual`
+    saliency:callable=None, # Function that maps saliency, such as `spectral_residual`, to darken what is not salient in the partner
     pct:float=0., # Fraction of the training that is done, 0 to 1, for schedules
 ):
-    "Show a training batch as the model is called with it, each image captioned with its targets and their weights"
+    "Show a mixed training batch as passed to the model, with the targets and their weights in captions"
     if isinstance(dls, Learner): raise TypeError(f'show_mix takes DataLoaders: write learn.show_mix() for the mixer of a learner, or dls.show_mix({self!r})')
     if not hasattr(dls.train, 'decode_batch'): raise TypeError(
-        f'show_mix needs loaders of fastai, which know how to show their items, but this one is a {type(dls.train).__name__}: images can be logged instead, by LogMix')
+        f'show_mix needs loaders of fastai, which can show their items, but this one is a {type(dls.train).__name__}: log images instead, with LogMix')
     b = ifnone(b, dls.one_batch())
     inputs,learn = tuple(b[:dls.n_inp]),self.learn
     plan,target_plan,xs,ys = self.draw_batch(tuple(tensors_in(inputs)), b[dls.n_inp:], learn and unmixed_loss(learn.loss_func), learn and learn.model, pct)
@@ -147,7 +147,7 @@ def show_mix(self:Learner,
     **kwargs # For `MixHandler.show_mix`
 ):
     "Show a training batch as this learner's mixer will mix it"
-    if isinstance(b, Callback): raise TypeError(f'learn.show_mix shows the mixer that learn has: see another one by dls.show_mix({b!r}(...))')
+    if isinstance(b, Callback): raise TypeError(f'learn.show_mix shows the mixer of learn: to see another one, write dls.show_mix({b!r})')
     find_mixer(self).show_mix(self.dls, b, **kwargs)
 
 # %% ../nbs/12_show.ipynb #dde294ec
@@ -167,7 +167,7 @@ def plot_lam(self:MixHandler,
     ax:plt.Axes=None, # Where to draw; new axes by default
     **kwargs # For `plt.subplots`
 ) -> plt.Axes:
-    "Plot the density of λ as it is drawn from Beta(alpha,alpha), and folded (for `CutMix`: before boxes are clipped), at the beginning of a schedule"
+    "Plot the density of λ, as drawn and as folded: at the start of a schedule, and for `CutMix` before boxes are clipped"
     ax = ax or plt.subplots(**kwargs)[1]
     for m in vars(self).get('mixers', ()):
         if m: m.plot_lam(ax)

@@ -14,7 +14,7 @@ box = BoundingBoxes(torch.tensor([[0.,0,4,4]]), format='XYXY', canvas_size=(8,8)
 
 # Labels among inputs
 class Margin(nn.Module):
-    "A head of angles: it takes the margin off the true class"
+    "A margin head: it subtracts a margin from the true class"
     def __init__(self):
         super().__init__()
         self.lin = nn.Linear(64, 3)
@@ -28,7 +28,7 @@ def test_labels_that_are_inputs_are_refused(label, bs):
 
 def test_categories_that_are_no_labels_are_mixed():
     quiet_fit(mk_learn(mk_dls([x,torch.randint(0, 3, (16,))], [y], n_inp=2), Margin(), cbs=MixUp(1.)))
-    agrees = torch.where(torch.arange(16)<15, y, 0)   # one looked up as a vector is no margin
+    agrees = torch.where(torch.arange(16)<15, y, 0)   # a category that is looked up as a vector is no margin
     quiet_fit(mk_learn(mk_dls([agrees], [y]), nn.Embedding(3, 3), cbs=MixUp(1.)))
 
 # Tensors that are not dense

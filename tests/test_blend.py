@@ -58,7 +58,7 @@ def test_autocast_changes_nothing(size):
 
 @pytest.mark.parametrize('size', kinds, ids=['small','narrow','wide'])
 def test_any_float_is_a_lam(size):
-    "Which may need a gradient"
+    "Also one in double precision"
     x,pairs,lam = torch.rand(size),pairs_of(size[0]),torch.rand(size[0], dtype=torch.float64)
     x1,w = x[pairs[:,1]],unsqueeze_as(lam, x)
     assert_close(blend_rows(x, pairs, torch.stack([lam, 1-lam], 1)), (w*x + (1-w)*x1).float())

@@ -59,7 +59,7 @@ def test_a_mixer_that_overwrites_the_batch_is_caught():
     with pytest.raises(AssertionError, match='writes into the batch'): check_mix(InPlace(1.))
 
 def test_it_leaves_no_trace():
-    "Neither in the mixer nor in the global generators"
+    "Neither on the mixer nor in the global generators"
     mixer,state = MixUp(.4), torch.get_rng_state()
     check_mix(mixer)
     assert torch.get_rng_state().equal(state) and mixer.learn is None

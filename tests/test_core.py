@@ -30,7 +30,7 @@ def test_set_seed_repeats_all_streams():
 
 @pytest.mark.parametrize('before', [lambda: None, np.random.randn], ids=['even','odd'])
 def test_the_global_streams_do_not_notice(before):
-    "Whether NumPy keeps a normal or not"
+    "With and without a normal that NumPy keeps for its next call"
     runs = []
     for make in (lambda: None), private_rng:
         set_seed(5)
@@ -44,7 +44,7 @@ def test_the_global_streams_do_not_notice(before):
     assert runs[0]==runs[1]
 
 def test_seeds_repeat_streams_while_numpy_keeps_a_normal():
-    "Where there is nowhere to count, that goes before differing from one another"
+    "With no place to count streams, repeating after a seed matters more than differing from one another"
     runs = []
     for _ in range(2):
         set_seed(5)

@@ -174,7 +174,7 @@ def test_segmentation(mixer):
     run(unet_learner(dls, resnet18, pretrained=False, normalize=False, n_out=2, cbs=[mixer, CheckMask(mask_loss)]), 2)
 
 class Siamese(nn.Module):
-    "Two images: of the same kind?"
+    "Predicts whether two images are of the same kind"
     def __init__(self):
         super().__init__()
         self.body,self.head = net(5),nn.Linear(10, 2)
@@ -192,7 +192,7 @@ def test_two_images(mixer):
         with pytest.raises(TypeError, match='body.0 is called more than once'): run(Learner(dls, Siamese(), cbs=[mixer, Check(class_loss, inputs=False)]))
 
 class Both(nn.Module):
-    "An image of what, and how many?"
+    "Predicts what an image shows, and how many"
     def __init__(self):
         super().__init__()
         self.body,self.what,self.many = net(5),nn.Linear(5, 3),nn.Linear(5, 1)

@@ -44,7 +44,7 @@ class Record(Callback):
         if not self.training: self.evals.append(self.recs.pop())
 
 class Real(Callback):
-    "What the critic would have been called with, unmixed"
+    "The critic's inputs without mixing"
     order,run_valid = .5,False
     def before_fit(self): self.batches = []
     def before_batch(self): self.batches.append((self.x,self.y))
@@ -129,7 +129,7 @@ def test_a_critic_that_ends_in_a_sigmoid():
     with pytest.raises(ValueError, match='The critic ends in a sigmoid'): quiet_fit(mk_gan(GANMixUp(.5), sigmoid=True))
 
 def test_least_squares_are_fine():
-    "Whatever the critic begins with"
+    "Also for a critic that starts far from its targets"
     learn = mk_gan(GANMixUp(.5, loss_func=F.mse_loss))
     learn.loss_func.gen_loss_func = lambda pred, output, target: (pred-1).square().mean()
     with torch.no_grad(): learn.model.critic[1].bias += 5
@@ -166,7 +166,7 @@ class Stop(Callback):
 @pytest.mark.parametrize('error', [KeyboardInterrupt,CancelBatchException,CancelTrainException,CancelFitException])
 @pytest.mark.parametrize('event,minimax', [('before_batch',False),('after_pred',True),('before_step',False),('after_batch',True)])
 def test_each_way_out_of_a_fit(event, minimax, error):
-    "Leaves fastai's own loss for all that the learner does next"
+    "Afterwards the learner has fastai's own loss again"
     learn = mk_gan(GANMixUp(.5, minimax=minimax), switch_eval=False)
     try: quiet_fit(learn, cbs=Stop(event, error, order=20, n=3 if minimax else 2))   # in a batch of the generator, or of the critic
     except (KeyboardInterrupt,CancelBatchException): pass   # the second one where fastai does not catch it, either
@@ -189,12 +189,12 @@ class Changed(Callback):
     def before_batch(self): self.learn.yb = tuple(o.clone() for o in self.yb)
 
 def test_targets_that_another_callback_replaces():
-    "Before the batch is mixed, or not at all"
+    "Allowed before the batch is mixed, and an error afterwards"
     quiet_fit(mk_gan(GANMixUp(.5), Changed(8)))
     with pytest.raises(RuntimeError, match='its loss was not mixed.*at an `order` below 9.5'): quiet_fit(mk_gan(GANMixUp(.5), Changed(20)))
 
 def test_a_plain_loop():
-    "As the formula, from a critic written out by hand"
+    "Against the formula, with a critic written out by hand"
     torch.manual_seed(0)
     g,d,rng,data = nn.Linear(5, 64),nn.Linear(64, 1),private_rng(),Images()
     opt = torch.optim.SGD(d.parameters(), lr=.1)

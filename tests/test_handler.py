@@ -196,7 +196,7 @@ cancels += CancelStepException,CancelValidException
 excs = [*cancels, KeyboardInterrupt, RuntimeError]
 
 def check_own(learn, own):
-    "Does `learn` answer as if it had never been mixed? And does it train on?"
+    "Does `learn` predict as if it had never been mixed, and can it continue to train?"
     dl = learn.dls.valid
     x,y = map(torch.stack, zip(*dl.dataset))
     p = learn.model.eval()(x).detach()
@@ -259,7 +259,7 @@ def test_a_leaked_wrapper_is_harmless_without_its_callback():
     learn = mk_learn(class_dls(), StopNet(6, 4), own, cbs=MixUp(1.))
     with pytest.raises(KeyboardInterrupt): quiet_fit(learn, cbs=Stop('after_loss', KeyboardInterrupt()))
     leaked = learn.loss_func
-    learn.cbs.remove(learn.mix_up)           # not by remove_cb, which would tell the mixer
+    learn.cbs.remove(learn.mix_up)           # not by remove_cb, which would notify the mixer
     assert isinstance(leaked, MixLoss) and learn.loss_func is leaked
     x,y = map(torch.stack, zip(*learn.dls.valid.dataset))
     p = learn.model.eval()(x).detach()
@@ -358,7 +358,7 @@ def test_mixing_advances_no_global_stream():
 
 @pytest.mark.parametrize('cb', [MixUp, CutMix])
 def test_every_batch_of_an_epoch_can_be_kept(cb):
-    "Memory is used again, but not while a batch is held, wide rows included"
+    "Memory is reused, but not while a batch is held, wide rows included"
     class Keep(Callback):
         run_valid = False
         def before_fit(self): self.kept = []
@@ -435,7 +435,7 @@ numbers = mk_dls([torch.randn(32, 6)], [torch.randn(32, 4)])
 
 @pytest.mark.parametrize('dls,loss_func', [(class_dls(), nn.CrossEntropyLoss()), (numbers, nn.MSELoss())], ids=['classes','numbers'])
 def test_changed_targets_or_losses_never_train_unmixed(dls, loss_func):
-    "A callback that changes them before the mixer is welcome; afterwards it is an error, and the learner has its own loss again"
+    "A callback may change them before the mixer. Later it is an error, after which the learner has its own loss again"
     class Swap(Callback):
         order,run_valid = 20,False
         def before_batch(self): self.learn.loss_func = type(loss_func)()
@@ -480,7 +480,7 @@ def test_classes_written_for_fastais_mixers():
         with pytest.raises(TypeError, match=r'write MixUp\(0.4\)'): make()
 
 def test_the_record():
-    "There is one in training, with the batch as it came; none elsewhere, and none that a file or a copy holds"
+    "It exists in training only, with the batch before mixing; files and copies do not hold it"
     class Look(Callback):
         order = 80
         def after_batch(self):
@@ -620,7 +620,7 @@ def mixed_ce(b):
     return (plan.lam*u + (1-plan.lam)*u1).mean()
 
 def test_partners_see_numbers_where_the_loss_does():
-    "Ages are numbers, whatever their type; classes are none"
+    "Ages are numbers, whatever their type; classes are not"
     x,y = torch.randn(32, 6),torch.arange(32)[:,None]
     for b in quiet_fit(mk_learn(mk_dls([x], [y]), nn.Linear(6, 1), MSELossFlat(), cbs=[MixUp(1., partners=near_target), Record()])).record.batches:
         y,plan = b['yb'][0].float(),b['plan']
@@ -642,7 +642,7 @@ def test_a_loss_that_is_replaced_before_the_backward_pass():
     assert learn.model.weight.equal(before)
 
 def test_blended_targets_that_are_put_back_before_the_loss():
-    "Though the loss was called with the blended ones before"
+    "Even after a call of the loss with the blended targets"
     class Back(Callback):
         order,run_valid = 20,False
         def before_batch(self): self.own = self.mix_up.record.yb

@@ -233,7 +233,7 @@ class TextAndKind(nn.Module):
     def pool(self, h, real): return (h*real[...,None]).sum(1)/real.sum(1, keepdim=True)
 
 def test_a_mask_made_of_padding():
-    "Padding is told apart, since a mixture is as long as its longest part; a second input has one dimension"
+    "Padding is recognised, since a mixture is as long as its longest part; a second input has one dimension"
     x,kind,model = ints(9, 32, 6, low=1),ints(3, 32),TextAndKind()
     for o,n in zip(x, ints(6, 32, low=1)): o[n:] = 0
     for b in fit([x,kind], y, model, MixUp(1.)):
@@ -250,7 +250,7 @@ def test_a_category_is_no_padding():
 
 @pytest.mark.parametrize('mixer', mixers, ids=name_of)
 def test_padding_of_mixtures(mixer):
-    "Where all parts that have a weight are padded, whichever of two numbers stands for it"
+    "A place is padding where all parts with a weight are padded, by either of two padding numbers"
     x = texts()
     x[::2][x[::2]==1] = 0
     plan = mixer.draw(x)
@@ -263,7 +263,7 @@ def test_padding_of_mixtures(mixer):
     assert (n_words.diff()<=0).all() and n_words.sort()[0].equal((~want).sum(1).sort()[0])
 
 def test_a_part_without_weight_is_no_part():
-    "Neither for the padding, nor for what may be asked"
+    "It affects neither the padding nor comparisons"
     x,lam = torch.tensor([[2,3,4],[5,1,1]]),torch.tensor([0.,1.])
     mixed = mix_lookups(Plan.of(torch.tensor([1,0]), lam), x, [1])
     assert (mixed==1).equal(torch.tensor([[False,True,True]]*2)) and (mixed==5).equal(torch.tensor([[True,False,False]]*2))
@@ -286,7 +286,7 @@ def test_image_numbers_and_categories(mixer):
         assert_close(b['loss'], soft_loss(b))
 
 def test_a_mask_as_an_input_is_cut():
-    "Integers that the region lies over are cut along, and stay plain integers"
+    "Integers with the dimensions of the region are cut with it, and stay plain integers"
     x,mask = floats(8, 3, 6, 6),ints(4, 8, 1, 6, 6)
     plan = CutMix().draw(x)
     cut,mixed = MixedInputs(plan, (mask,x)).xs
@@ -370,14 +370,14 @@ refused = dict(
 libraries = dict(copy=copy, io=io, operator=operator, pickle=pickle)
 
 def answer_of(f, **names):
-    "The message of a `TypeError`, or what there is instead"
+    "The message of a `TypeError`, or the result if there is none"
     try: return eval(f, globals() | libraries | names)
     except TypeError as e: return str(e)
 
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('kind', refused)
 def test_what_is_refused(kind):
-    "At once, with the way out; and nothing is written"
+    "The error comes at once, says what to do, and nothing is written"
     v,i = w.clone(),x.clone()
     answers = {f: answer_of(f, w=v, i=i, x=mix_lookups(plan, x), other=mix_lookups(plan, x)) for f in lines(refused[kind])}
     assert not {f:o for f,o in answers.items() if 'ManifoldMixUp(layers=...)' not in str(o)}

@@ -172,7 +172,7 @@ def test_all_but_training_sees_the_module_s_own_loss():
     check_exact(module)
 
 def test_a_mixer_that_a_fastai_learner_has_too():
-    "Stays with it, and mixes for both"
+    "It stays with the learner, and mixes for both"
     learn,module = mk_learn(class_dls(), cbs=(mixer := MixUp(1.))),Digits()
     fit(module, mixer)
     check_exact(module)
@@ -214,7 +214,7 @@ def test_bf16(precision, dtype, atol):
     check_exact(module, atol=atol)
 
 def test_accumulated_gradients():
-    "As a loop would train that adds up the exact gradients of three batches"
+    "As in a loop that adds up the exact gradients of three batches"
     module = Digits()
     fit(module, MixUp(1.), accumulate_grad_batches=3)
     check_exact(module)
@@ -277,7 +277,7 @@ def test_after_the_learning_rate_was_searched():
 
 # Seeds, checkpoints and schedules
 def test_resumed_as_if_not_interrupted(tmp_path):
-    "After half an epoch, too, though there Lightning itself begins the epoch's data again"
+    "Also after half an epoch, where Lightning itself restarts the epoch's data"
     whole,dl = Digits(),loader(shuffle=False)
     fit(whole, MixUp(1.), ModelCheckpoint(tmp_path, filename='{step}', save_top_k=-1, every_n_train_steps=4), dl=dl, max_epochs=4, enable_checkpointing=True)
     for step in 8,12:
@@ -296,7 +296,7 @@ def test_the_same_after_the_same_seed_and_else_another():
     assert len(lams(a, c).unique(dim=0))==36
 
 def test_a_checkpoint_that_is_only_validated():
-    "Does not repeat the numbers of its fit in the next one"
+    "The next fit does not repeat its random numbers"
     module,cb = Digits(),Mixing(MixUp(1.))
     trainer = fit(module, cb)
     trainer.save_checkpoint('x.ckpt')
@@ -305,7 +305,7 @@ def test_a_checkpoint_that_is_only_validated():
     assert len(lams(module).unique(dim=0))==24
 
 def test_numbers_of_the_training_are_left_alone():
-    "With alpha=0 it trains bit for bit as without, and mixing draws nothing from the global generators"
+    "With alpha=0, training is bit for bit that without a mixer, and mixing draws nothing from the global generators"
     class Unmixed(Digits):
         def training_step(self, batch, batch_idx): return self.loss_func(self(batch['img']), batch['label'])
     unmixed,module = Unmixed(),Digits()
@@ -323,7 +323,7 @@ def test_pickled_and_copied():
 
 @pytest.mark.parametrize('n_opt', [1,2])
 def test_schedules_follow_the_batches(n_opt):
-    "Also where each has two steps"
+    "Also where a batch has two optimizer steps"
     class Several(Manual):
         def configure_optimizers(self): return [torch.optim.SGD(self.parameters(), lr=.1) for _ in range(n_opt)]
     module = Several()
@@ -346,7 +346,7 @@ def test_integers_are_looked_up_and_mixed():
     assert o['loss']==pytest.approx(sample_losses(o).mean().item(), abs=1e-5)
 
 def test_integers_that_are_not_looked_up():
-    "Are an error before anything is trained on"
+    "They are an error before any training step"
     class Averages(Digits):
         def forward(self, x): return self.model(x.float())
     x,y = digits()
@@ -376,7 +376,7 @@ def test_hidden_layers_of_another_input_are_not_mixed():
 
 @pytest.mark.parametrize('use_reentrant', [True,False])
 def test_checkpointed_hidden_layers(use_reentrant):
-    "Have the gradients of those that are not"
+    "They have the gradients of layers without checkpoints"
     class Checkpointed(Digits):
         saves = True
         def forward(self, x):
@@ -505,7 +505,7 @@ def test_a_loss_that_was_not_mixed_is_an_error(f, loss):
     assert unchanged(module, before)
 
 def test_masks_that_are_taken_for_an_input():
-    "As bytes they could be images; behind them in the batch are weights"
+    "Masks of bytes could be images; weights follow them in the batch"
     class Weighed(Dense):
         def step(self, p, y, w): return self.loss_func(p, y.long())
     x,y,w = masks()
@@ -582,7 +582,7 @@ def test_what_a_monitor_needs(tmp_path):
     module = Digits()
     for logger,match in [(CSVLogger(tmp_path),'it has CSVLogger'),(False,'it has none')]:
         with pytest.raises(ValueError, match=match): fit(module, MixUp(1.), MixMonitor(), logger=logger)
-    with pytest.raises(ValueError, match='no mixer to report of'): pl.Trainer(**{**quiet, 'logger':TensorBoardLogger(tmp_path)}, callbacks=MixMonitor()).fit(module, loader())
+    with pytest.raises(ValueError, match='no mixer to report on'): pl.Trainer(**{**quiet, 'logger':TensorBoardLogger(tmp_path)}, callbacks=MixMonitor()).fit(module, loader())
     assert not module.recs
 
 # Two processes
@@ -765,7 +765,7 @@ def fit_texts(module, mixing, *columns):
         callbacks=[mixing]).fit(module, DataLoader(torch.utils.data.TensorDataset(*columns), batch_size=8))
 
 def test_rows_of_texts_stay_beside_what_is_not_mixed():
-    "Texts are sorted by their length only where all of the batch is"
+    "Texts are sorted by length only where the whole batch is"
     ids,lengths,y = texts()
     module = Texts()
     fit_texts(module, Mixing(MixUp(.4), x=0, y=2), ids, lengths, y)

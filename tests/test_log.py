@@ -63,7 +63,7 @@ def test_a_normalisation_is_undone(tmp_path):
     assert abs(np.stack(found) - (x0-x0.min())/(x0.max()-x0.min())).max() < .02
 
 def test_any_number_of_channels():
-    "The mean of those that are not one or three; a flat image is no division by zero"
+    "Other numbers than one or three are averaged; a flat image causes no division by zero"
     for c in 1,2,3,5:
         x = torch.rand(2, c, 4, 4)
         grids = mix_grids(x, x)

@@ -29,7 +29,7 @@ def deep(s): return [dict(views=Pair(x, 0), meta=dict(y=[y,'name'])) for x,y in 
 
 @pytest.mark.parametrize(('shape','num_workers'), [(list,0),(as_dict,2),(deep,2)], ids=['tuple','dict','deep'])
 def test_each_sample_is_mixed_with_its_partner(shape, num_workers):
-    "As read off the images"
+    "As the images show"
     keys = dict(x=('views',0), y=('meta','y',0)) if shape is deep else {}
     dl = DataLoader(shape(samples()), batch_size=16, shuffle=True, num_workers=num_workers, collate_fn=MixCollate(MixUp(1.), **keys))
     seen = []

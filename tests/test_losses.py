@@ -86,7 +86,7 @@ def even(p, y): return -logp(p.double()).mean(), 1.
 
 @pytest.mark.parametrize('weight', [None,w], ids=['plain','weighted'])
 def test_fastais_smoothing_has_two_normalisers(weight):
-    "And leaves what is to be ignored out of one term only"
+    "It leaves ignored targets out of one term only"
     y = torch.randint(0, C, (32,)).where(torch.arange(32)%3>0, -100)
     for b in fit(LS(weight=weight), mk_dls([torch.randn(32, 6)], [y])):
         args = b['plan'], b['pred'].detach(), b['yb'][0]
@@ -207,12 +207,12 @@ def own_mean(p, y, reduction='mean'):
     return u if reduction=='none' else u.sum()/(y+1).sum()
 
 def two_heads(p, y, reduction='mean'):
-    "Not sample after sample"
+    "The unreduced losses are not one per sample, in order"
     u = torch.cat([F.cross_entropy(o, y, reduction='none') for o in (p, 2*p)])
     return u.mean() if reduction=='mean' else u
 
 class HalfIgnored(nn.CrossEntropyLoss):
-    "Void targets that no attribute tells of, few of them"
+    "A few void targets, which no attribute declares"
     def forward(self, p, y): return F.cross_entropy(p, y.where(y!=3, -100), reduction=self.reduction)
 
 @pytest.mark.filterwarnings('ignore:size_average')
@@ -238,7 +238,7 @@ def wrapped(passes_on):
     return functools.wraps(F.cross_entropy)(wide if passes_on else narrow)
 
 def test_a_loss_that_wraps_another_has_its_own_arguments():
-    "And those of the other where it passes keywords on"
+    "And those of the other loss, if it passes keywords to it"
     for b in fit(wrapped(True)): close(b['loss'], 2*mean_of(ce(), b['plan'], b['pred'].detach(), b['yb'][0]))
     with pytest.warns(UserWarning, match='one λ for each batch'): batches = fit(wrapped(False))
     for b in batches: close(b['loss'], 2*mean_of(ce(), b['plan'], b['pred'].detach(), b['yb'][0]))
@@ -273,7 +273,7 @@ class Blends(nn.L1Loss): y_int = False
 @pytest.mark.parametrize('loss_func,y_int,mixes', [(F.l1_loss,None,False), (F.l1_loss,True,True), (F.l1_loss,False,False),
     (MyL1(),None,True), (MyL1(),False,False), (Mixes(),None,True), (Mixes(),False,False), (Blends(),None,False)], ids=name_of)
 def test_losses_or_targets(loss_func, y_int, mixes):
-    "The user decides, and then the loss. PyTorch's own on numbers blend them, others do not; and L1 of a blend is not the blend of L1s"
+    "The user decides first, and then the loss. PyTorch's losses of numbers blend them, others do not. L1 of a blend is not the blend of L1s"
     for b in fit(loss_func, mk_dls([torch.randn(32, 6)], [torch.randn(32,1)]), nn.Linear(6, 1), MixUp(1., y_int=y_int)):
         close(b['loss'], both_ways(b)[0 if mixes else 1])
 
@@ -307,7 +307,7 @@ def test_classes_that_come_as_floats():
     for b in fit(classes_as_floats, dls): close(b['loss'], mean_of(ce(), b['plan'], b['pred'].detach(), b['yb'][0].long()))
 
 def test_probabilities():
-    "Cross-entropy is linear in its target, so it is all one whether the losses or the targets are mixed"
+    "Cross-entropy is linear in its target, so mixing the losses equals mixing the targets"
     ys = torch.rand(32, C).softmax(1)
     for loss_func in nn.CrossEntropyLoss(w), CE(flatten=False, weight=w):
         for b in fit(loss_func, mk_dls([torch.randn(32, 6)], [ys])):
@@ -337,7 +337,7 @@ def weighed(p, y, w, reduction='mean'):
 
 @pytest.mark.parametrize('shape,per_batch', [((),False), ((5,),False), ((5,),True)], ids=name_of)
 def test_classes_and_their_weights(shape, per_batch):
-    "A weight stays with its class: labels with weight 0 pull at nothing"
+    "A weight stays with its class: labels with weight 0 have no effect"
     y = torch.randint(0, C, (32,*shape))
     dls = mk_dls([torch.randn(32, 6)], [y, (y!=2).float()*torch.rand(y.shape)])
     model = nn.Sequential(nn.Linear(6, C*5), nn.Unflatten(1, (C,5))) if shape else nn.Linear(6, C)
@@ -346,7 +346,7 @@ def test_classes_and_their_weights(shape, per_batch):
         close(b['loss'], (b['plan'].lam*u[0] + (1-b['plan'].lam)*u[1]).mean())
 
 def test_keywords():
-    "What belongs to the samples is refused while they are mixed; what belongs to the classes is not, be they as many as the samples"
+    "What belongs to the samples is refused while they are mixed; what belongs to the classes is not, even where there are as many classes as samples"
     pred,y,plan = batch()
     with pytest.raises(ValueError, match='w, of shape .8,., seems to belong to the samples'):
         MixLoss(weighed)(pred, y, w=torch.rand(8), plan=plan)
@@ -408,7 +408,7 @@ def test_a_class_that_is_masked_out():
     close(MixLoss(nn.CrossEntropyLoss())(pred.where(pred>-1e4, -torch.inf), y, plan=plan), mean_of(ce(), plan, pred, y))
 
 def test_an_ignored_row_may_hold_anything():
-    "Beside label smoothing too, as in PyTorch"
+    "Also with label smoothing, as in PyTorch"
     pred,y,plan = torch.randn(4, C), torch.tensor([1,2,-100,-100]), Plan.of(torch.tensor([1,0,3,2]), torch.tensor([.9,.8,.7,.6]))
     want = mean_of(ce(smooth=.1), plan, pred, y)
     pred[2:] = torch.tensor([torch.inf,-torch.inf,torch.nan,0.])
@@ -429,7 +429,7 @@ def test_gradients():
 
 @pytest.mark.parametrize('shape', [(8,21,64,64), (64,5_000)], ids=name_of)
 def test_a_mixed_loss_takes_the_memory_of_a_plain_one(shape):
-    "At its peak, within 15 %; all in all, much less than two losses ask for"
+    "Its peak is within 15 %; in total, it is much less than that of two losses"
     plain,two,ours = (count_ops(loss_steps(shape)[o]) for o in ('plain','two losses','fastmix'))
     assert ours['fresh MB'] < .7*two['fresh MB']
     assert ours['peak MB'] < 1.15*plain['peak MB'] < .9*two['peak MB']
@@ -463,7 +463,7 @@ def test_a_loss_of_one_batch(own):
     for copied in pickle.loads(pickle.dumps(loss)),deepcopy(loss): assert type(copied) is type(own) and copied(pred, y)==own(pred, y)
 
 def test_targets_that_are_partners_only():
-    "Come after those of the batch, and the loss is called with the batch's"
+    "They come after the batch's targets, and the loss is called with the batch's"
     pred,y = torch.randn(8, C), torch.arange(12)%C
     plan = MixUp(1.).draw(torch.rand(12, 1), bs=8)
     loss = MixLoss(CE(), plan, (y,))
@@ -547,7 +547,7 @@ def test_only_what_is_to_be_ignored_is(f):
 @pytest.mark.parametrize('f', [nn.NLLLoss(weight=w), LabelSmoothingCrossEntropy(), nn.CrossEntropyLoss(label_smoothing=.1), CE(weight=w, ignore_index=2)],
     ids=name_of)
 def test_class_losses_need_no_probabilities(f):
-    "They are linear in their target, so that both ways are one"
+    "They are linear in their target, so both ways are equal"
     pred,y,plan = batch()
     y[1] = -100 if isinstance(f, nn.CrossEntropyLoss) else y[1]
     close(MixLoss(f, soft=True)(pred, y, plan=plan), MixLoss(f)(pred, y, plan=plan))
@@ -570,7 +570,7 @@ def test_probabilities_are_for_one_target():
     with pytest.raises(ValueError, match='soft=True is for one target, but .* takes 2'): MixLoss(nn.MultiMarginLoss(), soft=True)(pred, y, y, plan=plan)
 
 def test_probabilities_are_blended_where_a_loss_gets_them():
-    "By a loss of your own as well, since soft=True asks for it"
+    "Also for a loss of your own, since soft=True asks for it"
     pred,y,plan = *torch.rand(2, 8, C),draw()
     for f in nn.MSELoss(), ClassBCELoss(thresh=.5): close(MixLoss(f, soft=True)(pred, y, plan=plan), f(pred, blended(plan, y).float()))
 

@@ -133,7 +133,7 @@ def test_layers_by_name_pattern_and_module():
     model = net()
     assert find_layers(model, ['input','[13]',model[1],'0'])==['input','1','3','0']
 
-@pytest.mark.parametrize('layers,what', [(['body'], "'body', which is no layer of the model: it has input, 0, 1, 2, 3, 4"), ([nn.ReLU()], 'ReLU'), ([], 'layers must name')])
+@pytest.mark.parametrize('layers,what', [(['body'], "'body', which is not a layer of the model: its layers are input, 0, 1, 2, 3, 4"), ([nn.ReLU()], 'ReLU'), ([], 'layers must name')])
 def test_unknown_layers_are_named(layers, what):
     learn = mk_learn(class_dls(), net(), cbs=ManifoldMixUp(layers=layers))
     own = learn.loss_func
@@ -147,7 +147,7 @@ class Own(nn.Module):
     def forward(self, x): return self.head(self.enc(x))
 
 def test_a_model_without_known_stages():
-    with pytest.raises(ValueError, match='where a Own can be mixed: name layers, of enc, spare, head'): mk_learn(class_dls(), Own(), cbs=ManifoldMixUp()).fit(1)
+    with pytest.raises(ValueError, match='where a Own can be mixed: pass layers, such as enc, spare, head'): mk_learn(class_dls(), Own(), cbs=ManifoldMixUp()).fit(1)
     quiet_fit(mk_learn(class_dls(), Own(), cbs=ManifoldMixUp(layers='enc')))
 
 def test_categories_and_tokens():
@@ -201,7 +201,7 @@ class Doubled(Callback):
 @pytest.mark.parametrize('model,size,layer,error,what', [
     (Own, 6, 'spare', RuntimeError, 'did not reach its layer spare'),
     (lambda: nn.Sequential(nn.LSTM(6, 5), nn.Identity()), 6, '0', TypeError, 'layer 0 returns a tuple'),
-    (lambda: nn.Sequential(nn.Unflatten(1, (2,3)), nn.Flatten(0, 1), nn.Linear(3, 4)), 6, '1', TypeError, r'layer 1 returns a tensor of shape \(16, 3\), which has not one row for each of the 8'),
+    (lambda: nn.Sequential(nn.Unflatten(1, (2,3)), nn.Flatten(0, 1), nn.Linear(3, 4)), 6, '1', TypeError, r'layer 1 returns a tensor of shape \(16, 3\), which lacks one row for each of the 8'),
     (TwoCalls, 6, 'layer', TypeError, 'layer is called more than once'), (TimesFirst, (8,4), 'layer', TypeError, 'layer returns as many time steps as samples, and is not batch_first'),
     (lambda: TimesFirst(batch_first=True), (8,4), 'layer', None, ''), (lambda: nn.Sequential(Attends(), nn.Flatten(), nn.Linear(32, 4)), (8,2,2), '0', None, '')])
 def test_what_cannot_be_mixed_is_named(model, size, layer, error, what):
@@ -306,7 +306,7 @@ class TwoTables(TabularModel):
 def test_a_second_path_is_no_chain(model):
     assert not [o for o in stages(model) if 'layers' in o or not isinstance(model[0] if isinstance(model, nn.Sequential) else model, nn.Linear)]
     if stages(model): return
-    with pytest.raises(ValueError, match='unknown where a .* can be mixed: name layers'): find_layers(model)
+    with pytest.raises(ValueError, match='unknown where a .* can be mixed: pass layers'): find_layers(model)
 
 @pytest.mark.parametrize('make', [lambda m: torch.compile(m, backend='eager'), lambda m: m.compile(backend='eager') or m], ids=['torch.compile','in place'])
 def test_compiled_models_are_refused(make):

@@ -284,7 +284,7 @@ def test_targets_that_are_no_class():
     with pytest.raises(ValueError, match='classes from 0 to 1, but there are targets from 0 to 255.*ignore_index'), learn.no_bar(): learn.validate()
 
 def test_a_mixer_of_fastai_is_named():
-    "It mixes, and nobody knows how"
+    "It mixes in an unknown way"
     with pytest.raises(ValueError, match='has MixUp of fastai.callback.mixup, which is no mixer of fastmix'):
         train(class_dls(), [MixMetric(accuracy)], FastaiMixUp(), loss_func=CrossEntropyLossFlat())
 
@@ -316,7 +316,7 @@ def test_predictions_that_hold_a_number_of_the_batch():
     assert got['train_mix_first_accuracy']==mean_accuracy(batches, 32, lambda pred: pred[0])
 
 class Merges(nn.Linear):
-    "Does something when it is told to evaluate"
+    "Does something when it is set to evaluate"
     merged = False
     def train(self, mode=True):
         self.merged = not mode

@@ -53,7 +53,7 @@ def lams(make, n=3):
 
 @pytest.mark.parametrize('make', [MixUp, CutMix, partial(each, MixUp(), CutMix(), None)])
 def test_a_mixer_made_anew_does_not_repeat_itself(make):
-    "As in a function that makes its mixer inside; after the same `set_seed` all of them repeat themselves"
+    "As in a function that makes a mixer at each call; after the same `set_seed` all of them repeat themselves"
     def drawn(seed):
         set_seed(seed)
         return lams(make)
@@ -293,7 +293,7 @@ cuts = [*(o(spatial_dims=2) for o in (CutMix, ResizeMix, SaliencyMix, FMix, Grid
 @pytest.mark.parametrize('shape', [(5,3,12,10), (12,10), (3,12,10)], ids=['film','gray','image'])
 @pytest.mark.parametrize('mixer', cuts, ids=name_of)
 def test_a_cut_is_the_same_in_all_frames(mixer, shape):
-    "And its share of each frame is the weight of the label"
+    "The fraction of each frame that is cut is the weight of the label"
     x = torch.arange(6.).view(-1, *[1]*len(shape)).expand(6, *shape)
     plan = mixer.draw(x)
     mixed = plan.mix(x).reshape(6, -1, 12, 10)

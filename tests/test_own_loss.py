@@ -141,7 +141,7 @@ def test_what_is_made_at_the_first_call_is_made_at_each():
     torch.testing.assert_close(MixLoss(Caches())(pred, y, plan=swap), .7*scaled(F.cross_entropy(pred, y)) + .3*scaled(F.cross_entropy(pred, y[swap.idx])))
 
 def test_random_numbers_are_those_of_one_call():
-    "And are drawn once"
+    "They are drawn once"
     def drops(p, y, reduction='mean'): return F.cross_entropy(F.dropout(p), y, reduction=reduction)
     for plan in swap,sides:
         torch.manual_seed(1)
@@ -164,7 +164,7 @@ def test_parameters_of_a_loss_get_the_gradient_of_all_targets():
 
 # Losses that do not look at their targets
 class Sees(nn.Module):
-    "A model that is given the labels, and computes the loss"
+    "A model that receives the labels, and computes the loss"
     def __init__(self):
         super().__init__()
         self.lin,self.y = nn.Linear(6, 4),None
@@ -190,7 +190,7 @@ def test_a_loss_of_other_labels_than_its_targets(loss_func):
     assert all(map(torch.equal, before, learn.model.parameters()))
 
 def test_a_loss_of_no_labels():
-    "Such as distillation: where the mixer is told that targets are not what counts"
+    "Such as distillation, where `y_int=False` says that targets do not matter"
     def to_teacher(p, y): return (p-1).square().mean()
     dls = class_dls()
     with pytest.raises(ValueError, match='y_int=False'): quiet_fit(mk_learn(dls, None, to_teacher, cbs=MixUp(1.)))
@@ -356,7 +356,7 @@ def test_targets_that_happen_to_say_the_same(f, t):
     torch.testing.assert_close(MixLoss(f)(p, t, plan=swap), .7*f(p, t) + .3*f(p, t[swap.idx]))
 
 def test_targets_that_do_not_count_yet():
-    "A weight that begins at 0 is no loss of other labels, but only the user knows"
+    "A weight that begins at 0 looks like a loss of other labels, and only the user knows better"
     def warm_up(p, y): return 0*F.cross_entropy(p, y) + p.square().mean()
     for loss in MixLoss(warm_up),MixLoss(warm_up, soft=True):
         with pytest.raises(ValueError, match='a warm-up from 0, y_int=True'): loss(pred, y, plan=swap)
@@ -531,7 +531,7 @@ class Meter:
     def __init__(self): self.n = 0
 
 class Histories(nn.Module):
-    "What it remembers is deep in many things"
+    "Its state is nested deeply"
     def __init__(self):
         super().__init__()
         self.lists,self.array,self.meter = [deque() for _ in range(200)],np.empty(4, object),Meter()
@@ -569,7 +569,7 @@ def weighted(p, y, w=weight): return (ce(p, y)*w).mean()
 
 @pytest.mark.parametrize('f', [SampleWeights(), partial(weighted, w=weight), weighted, lambda p,y: F.cross_entropy(p[:3], y[:3])], ids=['attribute','keyword','default','first half'])
 def test_weights_of_samples_that_are_no_targets(f):
-    with pytest.raises(ValueError, match='same samples in another order.*further target'): MixLoss(f)(pred, y, plan=swap)
+    with pytest.raises(ValueError, match='same samples in another order.*further target.*return it from the model'): MixLoss(f)(pred, y, plan=swap)
 
 @pytest.mark.parametrize('f', [nn.BCEWithLogitsLoss(weight=weight[:,None]), partial(F.binary_cross_entropy_with_logits, weight=weight[:,None])], ids=['module','function'])
 def test_weights_of_samples_in_a_loss_of_labels(f):
@@ -582,8 +582,10 @@ def test_weights_of_samples_as_many_as_rows_of_a_mask():
         return u.mean() if reduction=='mean' else u
     with pytest.raises(ValueError, match='same samples in another order'): MixLoss(f)(torch.randn(6, 4, 6, 6), torch.randint(4, (6,6,6)), w=weight, plan=sides)
 
-def test_predictions_that_have_time_first_are_not_put_into_another_order():
-    p = torch.randn(9, 6, 4)
+@pytest.mark.parametrize('time', [9, 6])
+def test_predictions_that_have_time_first(time):
+    "Also where there are as many steps as samples"
+    p = torch.randn(time, 6, 4)
     def f(p, y): return F.cross_entropy(p.mean(0), y)
     torch.testing.assert_close(MixLoss(f)(p, y, plan=swap), mixed(ce, p=p.mean(0)))
 

@@ -61,7 +61,7 @@ def test_near_targets_are_likelier(bandwidth, shape):
     assert np.abs(often(partial(near_target, bandwidth=bandwidth), t).numpy() - w/w.sum(1, keepdims=True)).max() < .04
 
 def test_near_targets_far_away():
-    "The nearest is met, however far; equal targets are met equally"
+    "The nearest is chosen, however far; equal targets are chosen equally often"
     far = tensor([0.,1e6,3e6,3e6+1])
     assert (often(partial(near_target, bandwidth=1e-4), far, 50).argmax(1)==tensor([1,0,3,2])).all()
     assert (often(near_target, torch.ones(4))-even(~torch.eye(4).bool())).abs().max() < .04
@@ -84,7 +84,7 @@ def test_mixers_teach_what_they_show(f, kinds, mixer):
     for kind in kinds: assert check_mix(mixer(partners=f), kind, n_batches=3) < 1e-6
 
 def test_in_a_learner():
-    "Others in each batch, and the same again after the same seed"
+    "Partners differ between batches, and repeat after the same seed"
     learn = mk_learn(class_dls(), cbs=[MixUp(1., partners=other_class), record := Record()])
     runs = []
     for _ in range(2):
@@ -146,7 +146,7 @@ def test_mixers_teach_what_they_show_of_a_second_loader(mixer, kind):
 @pytest.mark.parametrize('mixer', [partial(MixUp, k=3), partial(MixUp, p=.5),
     lambda alpha, **kw: OneOf(MixUp(alpha), None, per_batch=False, **kw)])
 def test_without_targets_padded_texts_keep_their_own(mixer):
-    "Also where mixtures are put in the order of their length"
+    "Also where mixtures are sorted by length"
     g = torch.Generator().manual_seed(0)
     x,partners = torch.randint(1, 33, (32,5), generator=g),[(torch.randint(1, 33, (8,5), generator=g),)]
     x[:,0] = torch.arange(1, 33)   # all different
@@ -186,7 +186,7 @@ def test_a_second_loader_that_does_not_fit(dl, what):
     assert learn.loss_func is own
 
 def test_lock_step_is_noticed_and_avoided():
-    "Else each of the two loaders' batches would hold the same samples"
+    "Otherwise the batches of both loaders would hold the same samples"
     def loaders():
         set_seed(5)
         a = class_dls()
@@ -266,7 +266,7 @@ def test_a_second_loader_that_numbers_its_classes_differently_is_refused():
     quiet_fit(learner(loaders(few, vocab=['cat','dog','owl'])[1]))
 
 def test_texts_without_labels_as_partners():
-    "They number their tokens as the first loader does, and no classes"
+    "They number their tokens as the first loader does, and have no classes"
     t = pd.DataFrame(dict(text=['a b c d','d c b a','b b a a','c d c d']*10, label=['x','y']*20))
     dls = TextDataLoaders.from_df(t, text_col='text', label_col='label', valid_pct=.2, seed=1, bs=8, seq_len=20)
     second = SecondLoader(dls.test_dl(t.iloc[:16], bs=8))

@@ -68,7 +68,7 @@ def test_partners_after_the_batch():
     assert unmixed_plan(3, 8).mix(x).equal(x[:3])
 
 def test_what_is_not_mixed_is_not_copied():
-    "And what is mixed is new, though λ be 1"
+    "The mixture is a new tensor, even where λ is 1"
     x = torch.rand(6, 1, 6, 7)
     for name,plan in plans_of(6).items(): assert plan.unmixed(x) is x and (plan.mix(x) is x)==(name=='unmixed')
     same = Plan.of(torch.arange(6), torch.ones(6)).mix(x)
@@ -147,7 +147,7 @@ def test_what_it_says_is_what_it_does():
         assert plan.gather(y).equal(y[plan.pairs]) and plan.is_blended(y)
 
 def test_masks_of_a_joined_plan():
-    "One value in each place where a part cuts, repeated for each weight; all of them where it blends"
+    "Where a part cuts, each place has one value, repeated for each weight; where a part blends, it has all values"
     plan,mask = joined(12),torch.randint(0, 9, (12,6,7))
     got = plan.gather(mask)
     assert plan.is_blended(mask) and got.shape==(12,3,6,7)

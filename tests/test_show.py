@@ -138,7 +138,7 @@ def test_without_a_mixer_of_fastmix_the_error_says_what_may_be_wrong(dls):
     learn = Learner(dls, nn.Identity(), nn.CrossEntropyLoss(), cbs=FastaiMixUp(.4))
     with pytest.raises(ValueError, match='no mixer.*imported after fastai'): learn.show_mix()
     with pytest.raises(TypeError, match='mixer must be one of fastmix.* fastai.callback.mixup'): dls.show_mix(FastaiMixUp(.4))
-    with pytest.raises(TypeError, match='see another one by dls.show_mix'): learn.show_mix(CutMix())
+    with pytest.raises(TypeError, match=r'to see another one, write dls.show_mix\(CutMix\(1.0\)\)'): learn.show_mix(CutMix())
     plain = DataLoaders(*[torch.utils.data.DataLoader([(torch.rand(3), 1)])]*2)
     with pytest.raises(TypeError, match='needs loaders of fastai'): plain.show_mix(MixUp(.4))
 

@@ -50,20 +50,24 @@ def page(browser, url):
     yield page
     page.close()
 
-@pytest.mark.parametrize('scheme,width', [('light', 1280), ('dark', 1280), ('light', 390)])
-def test_pages(site, url, page, scheme, width):
+def check_look(page, name, scheme, width):
+    "What can go wrong on a page in this colour scheme and width"
     page.emulate_media(color_scheme=scheme)
     page.set_viewport_size(dict(width=width, height=900))
+    name = f'{name}, {scheme}, {width} pixels wide,'
+    images = page.eval_on_selector_all('img', 'els => els.filter(o => !o.naturalWidth).map(o => o.outerHTML.slice(0, 99))')
+    assert not images, f'{name} has images that do not load: {images}'
+    assert page.evaluate('document.documentElement.scrollWidth <= innerWidth'), f'{name} is wider than the screen'
+    body = page.inner_text('body')
+    assert '\\(' not in body and '\\[' not in body, f'{name} has a formula that is not drawn'
+    assert not page.faults, f'{name} {page.faults}'
+
+def test_pages(site, url, page):
     names = [o.relative_to(site).as_posix() for o in site.rglob('*.html')]
     assert {'index.html', 'mixers.html', 'inside.html'} <= set(names)
     for name in names:
-        page.goto(url+name, wait_until='networkidle')
-        images = page.eval_on_selector_all('img', 'els => els.filter(o => !o.naturalWidth).map(o => o.outerHTML.slice(0, 99))')
-        assert not images, f'{name} has images that do not load: {images}'
-        assert page.evaluate('document.documentElement.scrollWidth <= innerWidth'), f'{name} is wider than the screen'
-        body = page.inner_text('body')
-        assert '\\(' not in body and '\\[' not in body, f'{name} has a formula that is not drawn'
-        assert not page.faults, f'{name}: {page.faults}'
+        page.goto(url+name)
+        for look in ('light', 1280), ('dark', 1280), ('light', 390): check_look(page, name, *look)
 
 def test_two_photographs_are_mixed_by_hand(url, page):
     "The image in the middle, and the weights of both labels, follow the slider and the mixer"

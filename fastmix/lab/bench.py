@@ -1,4 +1,4 @@
-"""What mixing costs, measured beside fastai's callback, timm, torchvision, no mixing at all, and the speed of memory
+"""Measure what mixing adds to a batch, compared with fastai's callback, timm, torchvision, no mixing and the speed of memory
 
 Docs: https://fastmix.github.io/fastmix/bench.html.md"""
 
@@ -29,9 +29,9 @@ __all__ = ['bench_sizes', 'interleave', 'added', 'batch_step', 'loop_step', 'flo
 # %% ../../nbs/33_bench.ipynb #7a5e3bfc
 def interleave(
     steps:dict, # Name: function without arguments
-    seconds:float=3., # About how long to measure, all of them together
-) -> pd.DataFrame: # Seconds, one row a round, one column a step
-    "Time `steps` round after round, each round in an order of its own"
+    seconds:float=3., # About how long to measure all steps together
+) -> pd.DataFrame: # Seconds, with a row for each round and a column for each step
+    "Time `steps` round after round, each round in a random order"
     for f in steps.values(): f()
     rng = random.Random(42)
     def round_():
@@ -50,8 +50,8 @@ def added(
     times:pd.DataFrame, # From `interleave`
     plain:str='no mixing', # Column to subtract
     ours:str='fastmix', # Column to compare the others with
-) -> pd.DataFrame: # Medians in ms; how many times ours the others add, with quartiles over the rounds
-    "What each step takes, what it adds to `plain`, and how many times as much that is as what `ours` adds"
+) -> pd.DataFrame: # Medians in ms, and added time as a multiple of ours, with quartiles over the rounds
+    "The time of each step, the time that it adds to `plain`, and the added time as a multiple of that of `ours`"
     more = times.sub(times[plain], axis=0)
     ratio = more.div(more[ours].median(), axis=0).quantile([.25, .5, .75]).T
     res = pd.DataFrame({'ms': times.median()*1e3, 'added ms': more.median()*1e3, 'times ours': ratio[.5], 'from': ratio[.25], 'to': ratio[.75]})
@@ -110,7 +110,7 @@ def floor_step(
 def rivals(
     x:Tensor, # (bs, ...)
 ) -> dict: # Name: step
-    "A batch without mixing, and with every mixer that there is to compare"
+    "Steps without mixing, and with every mixer to compare"
     from timm.data import Mixup
     from torchvision.transforms import v2
     ours = {'fastmix': MixUp(.4), 'fastmix CutMix': CutMix()}
@@ -126,9 +126,9 @@ bench_sizes = {'64×3×224²': (64,3,224,224), '256×3×32²': (256,3,32,32), '6
 # %% ../../nbs/33_bench.ipynb #da8933dc
 def mixing_costs(
     seconds:float=20., # About how long to measure each size
-    device:str='cpu', # Where
-) -> pd.DataFrame: # As from `added`, for each of `bench_sizes`, the floor as if it were added to a batch
-    "What mixing adds to a batch, ours and others', all in turn"
+    device:str='cpu', # Device to measure on
+) -> pd.DataFrame: # As from `added`, for each of `bench_sizes`; the floor as if it were added to a batch
+    "What the mixers of each library add to a batch, measured in turns"
     def cost(size):
         times = interleave(rivals(torch.rand(size, device=device)), seconds)
         rest = times['no mixing']
@@ -146,17 +146,17 @@ def family() -> dict: # Name: mixer
 # %% ../../nbs/33_bench.ipynb #a170f3cf
 def family_costs(
     seconds:float=20., # About how long to measure each size
-    device:str='cpu', # Where
+    device:str='cpu', # Device to measure on
 ) -> pd.DataFrame: # As from `added`, for each of `bench_sizes`
-    "What each of `family` adds to a batch, all in turn"
+    "What each of `family` adds to a batch, measured in turns"
     def cost(x): return added(interleave({o: batch_step(m, (x.clone(),)) for o,m in {'no mixing': None, **family()}.items()}, seconds))
     return pd.concat({name: cost(torch.rand(size, device=device)) for name,size in bench_sizes.items()})
 
 # %% ../../nbs/33_bench.ipynb #00e1b78b
 def verdict(
     costs:pd.DataFrame, # From `mixing_costs`
-) -> pd.DataFrame: # One row a size, one column a mixer: above 1 where fastai adds more
-    "How many times as much fastai's callbacks add as ours"
+) -> pd.DataFrame: # A row for each size, a column for each mixer; above 1 where fastai adds more
+    "The time that fastai's callbacks add, as a multiple of what ours add"
     more = costs['added ms'].unstack()
     return pd.DataFrame({'MixUp': more.fastai/more.fastmix, 'CutMix': more['fastai CutMix']/more['fastmix CutMix']}).round(2)
 
@@ -175,7 +175,7 @@ def bench(
 # %% ../../nbs/33_bench.ipynb #bcc3e7be
 def loss_steps(
     shape:tuple, # (bs, C, ...) of the predictions
-    device:str='cpu', # Where
+    device:str='cpu', # Device to measure on
 ) -> dict: # Name: step
     "Cross-entropy, plain and mixed, for a batch of noise"
     pred,y = torch.randn(shape, device=device, requires_grad=True),torch.randint(0, shape[1], (shape[0],*shape[2:]), device=device)
@@ -215,9 +215,9 @@ class _Counter(TorchDispatchMode):
 
 # %% ../../nbs/33_bench.ipynb #621ad05d
 def count_ops(
-    step:callable, # Trains on one batch, or does anything else
-) -> dict: # Operations, allocated MB in all and at most at once, host syncs
-    "What one call of `step` asks of torch, forwards and backwards"
+    step:callable, # Function to count, such as one that trains on a batch
+) -> dict: # Operations, MB allocated in all and at most at once, host syncs
+    "Operations, memory and host syncs of one call of `step`, forwards and backwards"
     step()
     with _Counter() as n: step()
     return {'operations': n.ops, 'fresh MB': round(n.fresh/1e6, 3), 'peak MB': round(n.peak/1e6, 3), 'host syncs': n.syncs}

@@ -1,4 +1,4 @@
-"""Each claim about mixup, beside what was found when it was tried again: one table, and one chart
+"""Compare each claim about mixup with what our experiments found, in a table and a chart
 
 Docs: https://fastmix.github.io/fastmix/claims.html.md"""
 
@@ -34,7 +34,7 @@ class Finding(NamedTuple):
 
 def relative_change(
     diff:pd.Series, # A difference for each seed
-    base:float, # What it is relative to; if 0, percentages stay as they are
+    base:float, # Result that it is relative to; with 0, percentages stay as they are
 ) -> tuple: # The mean, and half the width of its 95 % interval, in % of `base`
     "A difference as a percentage, with its interval"
     n,scale = len(diff),100/(abs(base) or 100)
@@ -58,14 +58,14 @@ class Claim(NamedTuple):
     text:str # The claim
     paper:str # Where in the paper it is, or the paper's figures
     page:str # Notebook in `tutorials` with the experiment
-    want:str # 'lower', 'higher' or 'no difference found': what should come out
-    findings:list # A `Finding` for each setting; none, where nothing has run yet
+    want:str # 'lower', 'higher' or 'no difference found': the expected result
+    findings:list # A `Finding` for each setting; empty where nothing has run yet
     short:str='' # What to call it on the first page; '' leaves it out there
 
 def verdict(
     claim:Claim, # With findings
 ) -> str: # 'holds', 'mixed', 'not at this scale', 'the opposite' or 'no difference found'
-    "What the findings say of a claim, all settings together"
+    "The verdict on a claim, from the findings of all settings"
     found,want = [o.so for o in claim.findings],claim.want
     if want=='no difference found': return want if all(o==want for o in found) else 'the opposite'
     if all(o==want for o in found): return 'holds'
@@ -86,7 +86,7 @@ def runs_of(
 def best_of_each(
     folder:str, # With a CSV file for each experiment
     name:str, # Of the experiment
-    column:str, # That tells models, data sets or fractions of random labels apart
+    column:str, # Column that tells models, data sets or fractions of random labels apart
     values:tuple, # Its values
     over, # Names of the columns of hyper-parameters
     by:str='error', # Column to minimise on the validation split
@@ -117,7 +117,7 @@ _nets = 'mlp','cnn'
 def calibration_claims(
     folder:str, # With a CSV file for each experiment
 ) -> list: # `Claim`s
-    "About probabilities, losses, and what lies between samples"
+    "Claims about probabilities, losses, and predictions between samples"
     by_error,by_loss = [best_of_each(folder, 'calibration', 'network', _nets, ['eps','lr'], o) for o in ('error','loss')]
     toys = best_of_each(folder, 'calibration_toys', 'toy_name', ('moons','circles'), 'lr', 'loss')
     def claim(text, settings, y, short='', paper=''): return Claim(text, paper, 'calibration', 'lower', findings(settings, y), short)
@@ -136,7 +136,7 @@ def calibration_claims(
 
 # %% ../../nbs/35_claims.ipynb #1e7c3e45
 def _gain(folder, **where):
-    "Points that MixUp(.4) takes off the error, by seed, and the error without it"
+    "Percentage points by which MixUp(.4) lowers the error, by seed, and the error without it"
     ys = by_seed(runs_of(folder, 'generalisation', test=True, **where))
     return ys['ERM']-ys['MixUp(.4)'],ys['ERM'].mean()
 
@@ -153,7 +153,7 @@ def more_gain(
 def generalisation_claims(
     folder:str, # With a CSV file for each experiment
 ) -> list: # `Claim`s
-    "About the test error"
+    "Claims about the test error"
     runs = {n: runs_of(folder, 'generalisation', network='cnn', n=n, test=True) for n in (1000,5000,20_000,60_000)}
     sizes,one = {f'{n:,} images': o for n,o in runs.items()},{'5,000 images': runs[5000]}
     def claim(text, found, short='', paper='', want='lower'): return Claim(text, paper, 'generalisation', want, found, short)
@@ -171,7 +171,7 @@ def generalisation_claims(
 def corrupt_claims(
     folder:str, # With a CSV file for each experiment
 ) -> list: # `Claim`s
-    "About labels that are random"
+    "Claims about random labels"
     def percent(runs): return {f'{noise:.0%} random': o for noise,o in runs.items()}
     tuned = percent(best_of_each(folder, 'corrupt_labels', 'noise', (.2,.5,.8), ['alpha','p','lr']))
     alike = percent({o: best_runs(runs_of(folder, 'corrupt_labels', noise=o, lr=.003), ['alpha','p']) for o in (.2,.5,.8)})
@@ -188,7 +188,7 @@ _kinds = 'one step','ten steps','margin','one step, made elsewhere','ten steps, 
 def adversarial_claims(
     folder:str, # With a CSV file for each experiment
 ) -> list: # `Claim`s
-    "About attacks"
+    "Claims about attacks"
     runs = best_of_each(folder, 'adversarial', 'network', _nets, 'lr')
     alike = {f'{o}, {lr:g}': runs_of(folder, 'adversarial', network=o, lr=lr, test=True) for o,lrs in dict(mlp=(.001,.003), cnn=(.01,.03)).items() for lr in lrs}
     def claim(text, found, short=''): return Claim(text, '', 'adversarial', 'lower', found, short)
@@ -199,7 +199,7 @@ def adversarial_claims(
 def partner_claims(
     folder:str, # With a CSV file for each experiment
 ) -> list: # `Claim`s
-    "About who is mixed with whom, and what of them"
+    "Claims about partners, and about mixing inputs or labels only"
     runs = best_runs(runs_of(folder, 'partners'), 'lr')
     def claim(text, arm, columns=('error','loss'), want='higher'):
         names = dict(error='error, %', loss='loss')
@@ -212,7 +212,7 @@ def partner_claims(
 def regression_claims(
     folder:str, # With a CSV file for each experiment
 ) -> list: # `Claim`s
-    "About tables of numbers"
+    "Claims about tables of numbers"
     runs = best_of_each(folder, 'regression', 'table', ('diabetes','schools','ocean'), ['alpha','bandwidth','epochs'], 'lost')
     def claim(text, *args, short=''): return Claim(text, '', 'regression', 'higher', findings(runs, 'score', *args), short)
     return [claim('Numbers are predicted better (R², %)', 'MixUp', short='better predictions of numbers'), claim('… with C-Mixup', 'C-Mixup'),
@@ -221,7 +221,7 @@ def regression_claims(
 def gan_claims(
     folder:str, # With a CSV file for each experiment
 ) -> list: # `Claim`s
-    "About GANs"
+    "Claims about GANs"
     runs = {o: runs_of(folder, 'gans', target=o) for o in ('ring','grid')}
     def claim(text, y, want, short='', arm='α = 0.2'): return Claim(text, '', 'gans', want, findings(runs, y, arm), short)
     return [claim('The critic of a GAN is smoother (slope)', 'slope', 'lower', 'GANs: a smoother critic'), claim('A GAN draws better samples (good ones, %)', 'late_good', 'higher', '… better samples'),
@@ -235,7 +235,7 @@ def _setting(o, random):
 def runs_at_scale(
     folder:str, # With a CSV file for each experiment
     width:int, # Of the residual network: 64 in the paper
-    random:bool, # Those with random labels, or those without?
+    random:bool, # Runs with random labels, instead of those without?
 ) -> dict: # Runs, by setting
     "Runs of the paper's network, or a narrower one"
     runs = runs_of(folder, 'scale', width=width).query('noise>0' if random else 'noise==0')
@@ -243,10 +243,10 @@ def runs_at_scale(
 
 def residual_claims(
     folder:str, # With a CSV file for each experiment
-    network:str, # What to call it
+    network:str, # Name of the network
     width:int, # Of the residual network: 64 in the paper
-) -> dict: # `Claim`s, by the page that their kind has
-    "The same about a residual network"
+) -> dict: # `Claim`s, by the page of their kind
+    "Claims about a residual network"
     clean,noisy = [runs_at_scale(folder, width, o) for o in (False,True)]
     def claim(text, found, short=''): return Claim(text, '', 'residual', 'lower', found, short)
     def each(y, *arms): return [o for label,runs in clean.items() for arm in arms for o in findings({f'{label}, {arm}': runs}, y, arm)]
@@ -263,7 +263,7 @@ def residual_claims(
 def all_claims(
     folder:str, # With a CSV file for each experiment
 ) -> list: # `Claim`s
-    "All claims for which something has run"
+    "All claims that have runs"
     nets = [residual_claims(folder, *o) for o in [('a residual network', 16), ("the paper's network", 64)]]
     def with_nets(claims, page, at): return [*claims[:at], *[o for net in nets for o in net[page]], *claims[at:]]
     res = [*with_nets(calibration_claims(folder), 'calibration', 1), *with_nets(generalisation_claims(folder), 'generalisation', 2),
@@ -298,7 +298,7 @@ def _direction(claim): return -1 if claim.want=='lower' else 1
 def plot_claims(
     claims:list, # `Claim`s
     names:list, # What to call each of them
-    words:tuple=('as claimed','no difference found','the opposite'), # For the three colors
+    words:tuple=('as claimed','no difference found','the opposite'), # Legend of the three colours
     limit:float=105, # Where the axis ends, in %
     home:str='', # Where the pages of the claims are, for links: a relative address
     ax:plt.Axes=None, # Where to draw; new axes by default
@@ -310,7 +310,7 @@ def plot_claims(
             x,c = _direction(claim)*f.change,colors[sign(claim, f.so)]
             ax.plot([x-f.half,x+f.half], [y,y], c=c, lw=1.2, alpha=.7)
             if abs(x)<limit: ax.plot(x, y, 'o', c=c, ms=4)
-            else: ax.plot(np.sign(x)*(limit-2), y, '>' if x>0 else '<', c=c, ms=6)   # outside
+            else: ax.plot(np.sign(x)*(limit-2), y, '>' if x>0 else '<', c=c, ms=6)   # beyond the axis
     ax.axvline(0, c='k', lw=.8)
     ax.set(yticks=range(len(claims)), yticklabels=names, ylim=(len(claims)-.4,-.6), xlim=(-limit,limit), xlabel='change in the claimed direction, % of the result without mixup')
     for label,claim in zip(ax.get_yticklabels(), claims): label.set_url(f'{home}{claim.page}.html')
@@ -322,8 +322,8 @@ def plot_claims(
 
 # %% ../../nbs/35_claims.ipynb #1ba3ec37
 def show_linked(
-    fig:plt.Figure, # With links, as of `plot_claims`
-    alt:str, # What is to be seen, in words
+    fig:plt.Figure, # With links, as from `plot_claims`
+    alt:str, # Description of the figure, for those who cannot see it
 ):
     "Show a figure whose links work: as SVG in a page, as PNG elsewhere"
     def save(kind, **kwargs):
@@ -341,7 +341,7 @@ def plot_reliability(
     network:str='mlp', # Or 'cnn'
     ax:plt.Axes=None, # Where to draw; new axes by default
 ) -> plt.Axes:
-    "Accuracy over confidence without and with mixup, the mean over the seeds"
+    "Accuracy against confidence, without and with mixup, averaged over the seeds"
     ax = ax or plt.subplots(figsize=(3.2,3.2))[1]
     runs = best_runs(runs_of(folder, 'calibration', network=network), ['eps','lr'])
     ax.plot([0,1], [0,1], ':', c='tab:gray', lw=1)

@@ -1,4 +1,4 @@
-"""What the experiments share: Fashion-MNIST, two small models, a table of runs that can be resumed, and tests of a difference
+"""Tools that the experiments share: Fashion-MNIST, two small models, a table of runs that can be resumed, and paired tests
 
 Docs: https://fastmix.github.io/fastmix/evidence.html.md"""
 
@@ -31,7 +31,7 @@ fashion_folders = [*map(Path, filter(None, [os.environ.get('FASHION_MNIST')])), 
 def fashion_mnist(
     folder:str=None, # Where its four files are; one of `fashion_folders` by default
 ) -> tuple: # Training images and classes, (60000,1,28,28) and (60000,), and test images and classes, (10000,1,28,28) and (10000,); uint8 and int64
-    "Fashion-MNIST, from the folder that `FASHION_MNIST` in the environment names, Debian's package or torchvision's download"
+    "Fashion-MNIST, from the folder in the environment variable `FASHION_MNIST`, Debian's package or torchvision's download"
     def found(o): return (Path(o)/'t10k-labels-idx1-ubyte.gz').exists()
     home = first([folder] if folder else fashion_folders, found)
     if home is None: raise FileNotFoundError(f'Fashion-MNIST is not in {folder or " or ".join(map(str, fashion_folders))}: get it by `apt-get install '
@@ -66,7 +66,7 @@ def to_floats(
 # %% ../../nbs/31_evidence.ipynb #d2362361
 def fashion_dls(
     n:int, # Images to train on: at most 50,000, or with `test` 60,000
-    seed:int, # Decides which images, and which labels are replaced
+    seed:int, # Decides which images are drawn, and which labels are replaced
     noise:float=0., # Fraction of the training labels to replace by random ones
     test:bool=False, # Validate on the test images, instead of the last 10,000 training images?
     n_valid:int=10_000, # Images to validate on
@@ -104,7 +104,7 @@ adamw = partial(OptimWrapper, opt=torch.optim.AdamW, fused=True)
 
 # %% ../../nbs/31_evidence.ipynb #25e5d773
 class SkipValid(Callback):
-    "Leave out the validation after each epoch"
+    "Skip the validation after each epoch"
     def before_validate(self):
         "Cancel it"
         raise CancelValidException
@@ -116,19 +116,19 @@ def score_preds(
 ) -> dict: # `error` (%), `loss` and `calibration error` (%)
     "Score predictions"
     ece = CalibrationError()(preds, targs)
-    loss = F.nll_loss(preds.clamp_min(1e-8).log(), targs)   # a sample counts at most 18.4, which only a very confident, wrong model would exceed
+    loss = F.nll_loss(preds.clamp_min(1e-8).log(), targs)   # caps a sample's loss at 18.4, which only a very confident, wrong model would exceed
     return {'error':100*(preds.argmax(1)!=targs).float().mean().item(), 'loss':loss.item(), 'calibration error':100*ece.item()}
 
 def scores(
-    learn:Learner, # Trained
-    dl=None, # What to score on; the validation set's loader by default
-) -> dict: # As of `score_preds`
+    learn:Learner, # Trained learner
+    dl=None, # Loader to score on; by default the validation set's
+) -> dict: # As from `score_preds`
     "Score a learner"
     with learn.no_bar(): return score_preds(*learn.get_preds(dl=dl))
 
 # %% ../../nbs/31_evidence.ipynb #48d38ed1
 def memory(
-    learn:Learner, # Trained, with `dls.is_wrong`, such as from `fashion_dls`
+    learn:Learner, # Trained learner whose loaders have `is_wrong`, such as those from `fashion_dls`
 ) -> dict: # `train error, true` and `train error, random` (%); NaN where there are no such labels
     "Errors on the training images whose labels are true, and on those whose labels are not"
     with learn.no_bar(): preds,labels = learn.get_preds(dl=learn.dls.valid.new(learn.dls.train.dataset))
@@ -137,11 +137,11 @@ def memory(
 
 # %% ../../nbs/31_evidence.ipynb #fc9febb8
 def attackable(
-    model:nn.Module, # Of images with mean 0 and standard deviation 1
+    model:nn.Module, # Model of images with mean 0 and standard deviation 1
     size:tuple=(1,28,28), # Channels, height and width
     stats:tuple=(.286,.353), # Mean and standard deviation that standardised the images, numbers or one for each channel
 ): # A `PyTorchClassifier`
-    "The Adversarial Robustness Toolbox's view of a model: one of pixels from 0 to 1"
+    "Wrap a model for the Adversarial Robustness Toolbox, with pixels from 0 to 1"
     from art.estimators.classification import PyTorchClassifier
     return PyTorchClassifier(model.eval(), nn.CrossEntropyLoss(), size, 10, clip_values=(0.,1.), preprocessing=stats,
         device_type='gpu' if next(model.parameters()).is_cuda else 'cpu')
@@ -176,8 +176,8 @@ def changed(
 
 # %% ../../nbs/31_evidence.ipynb #edb7b954
 def misled(
-    net, # From `attackable`, not necessarily of the model that was attacked
-    images:dict, # From `changed`; or any others, in lists
+    net, # From `attackable`; it need not be the model that was attacked
+    images:dict, # From `changed`, or any other images in lists
     y:np.ndarray, # (n,) Their true classes
 ) -> dict: # Kind: for each size, errors (%)
     "The percentage of the images of each kind that a model misclassifies"
@@ -195,7 +195,7 @@ def read_runs(
     keys = list(settings[0])
     at = {k:i for i,k in enumerate(runs[keys].itertuples(index=False, name=None))}
     missing = [o for o in settings if _key(o, keys) not in at]
-    if missing: raise ValueError(f'{path} lacks {len(missing)} of {len(settings)} runs, such as {missing[0]}: run_missing does them')
+    if missing: raise ValueError(f'{path} lacks {len(missing)} of {len(settings)} runs, such as {missing[0]}: add them with run_missing')
     return runs.iloc[[at[_key(o, keys)] for o in settings]].reset_index(drop=True)
 
 def _key(setting, keys): return tuple(setting[k] for k in keys)
@@ -219,7 +219,7 @@ def run_missing(
         row = setting | run(**setting) | {'seconds': round(time.time()-start, 1)}
         runs = pd.DataFrame(runs.to_dict('records') + [row])
         runs.map(_as_cell).to_csv(path.with_suffix('.new'), index=False)
-        path.with_suffix('.new').replace(path)   # at once, so that an interruption never leaves half a file
+        path.with_suffix('.new').replace(path)   # atomic, so that an interruption never leaves half a file
 
 def _as_cell(o):
     if is_listy(o) or isinstance(o, (np.ndarray,Tensor)): return json.dumps([float(f'{v:.6g}') for v in o])
@@ -236,7 +236,7 @@ def choose(
     return _best(runs, L(over), by, L(arm)).set_index([*L(arm)]).to_dict('index')
 
 def _best(runs, over, by, arm):
-    mean = runs[~runs['test']].groupby([*arm,*over], sort=False)[by].mean().round(9).reset_index()   # a tie is one, whatever the order of a sum
+    mean = runs[~runs['test']].groupby([*arm,*over], sort=False)[by].mean().round(9).reset_index()   # a tie stays one in any order of summation
     return mean.loc[mean.groupby([*arm], sort=False)[by].idxmin(), [*arm,*over]]
 
 # %% ../../nbs/31_evidence.ipynb #4af3f273
@@ -261,7 +261,7 @@ def element(
 # %% ../../nbs/31_evidence.ipynb #4c86dbfe
 def after_scaling(
     runs:pd.DataFrame, # From `read_runs`, with columns `y` and `y, tempered` for some `y`
-    arm:str='ERM', # Whose scores to replace
+    arm:str='ERM', # Arm whose scores to replace
 ) -> pd.DataFrame: # `runs`, with the values of `y, tempered` in `y` for `arm`
     "The scores of one arm after temperature scaling"
     ys = [o for o in runs if f'{o}, tempered' in runs]
@@ -270,10 +270,10 @@ def after_scaling(
 # %% ../../nbs/31_evidence.ipynb #ce956e29
 def by_seed(
     runs:pd.DataFrame, # A row for each run, with columns `arm` and `seed`
-    y:str='error', # The column to look at
+    y:str='error', # Column with the result
     base:str=None, # The arm whose result is subtracted from all
 ) -> pd.DataFrame: # A row for each seed, a column for each arm
-    "One result of every arm and seed"
+    "One result for every arm and seed"
     if runs.duplicated(['seed','arm']).any():
         raise ValueError('Arms are compared seed by seed, but some have several runs of a seed: take those of one model, data set or learning rate')
     ys = runs.pivot(index='seed', columns='arm', values=y)[list(runs['arm'].unique())]
@@ -296,7 +296,7 @@ def mean_spread(
 # %% ../../nbs/31_evidence.ipynb #9b03b0e0
 def holm(
     ps:list, # p-values
-) -> np.ndarray: # As many
+) -> np.ndarray: # Corrected p-values, in the same order
     "Holm's correction of p-values for their number"
     ps = np.asarray(ps, float)
     order = ps.argsort()
@@ -326,8 +326,8 @@ def compare(
 # %% ../../nbs/31_evidence.ipynb #d88ac2d3
 def plot_seeds(
     x, # (n,) Positions along the x axis
-    ys, # (seeds, n)
-    label:str=None, # Of the mean
+    ys, # (seeds, n) Values
+    label:str=None, # Legend label of the mean
     ax:plt.Axes=None, # Where to draw; the current axes by default
 ) -> plt.Axes:
     "A thin line for each seed and a thick one for their mean"

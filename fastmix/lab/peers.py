@@ -1,4 +1,4 @@
-"""The same batches through fastai's, timm's, torchvision's and fastmix's `MixUp` and `CutMix`: is the loss what it should be?
+"""Pass the same batches through fastai's, timm's, torchvision's and fastmix's mixers: is the loss correct?
 
 Docs: https://fastmix.github.io/fastmix/peers.html.md"""
 
@@ -26,7 +26,7 @@ def recover(
     x:Tensor, # (bs, ...) Inputs
     mixed:Tensor, # (bs, ...) Their mixtures
 ) -> tuple: # λ (bs,), and the position of each sample's partner (bs,)
-    "What mixtures are made of: the pair, and its λ, that comes closest"
+    "Recover λ and the partner of each sample: those that come closest to its mixture"
     x,mixed = x.flatten(1).double(),mixed.flatten(1).double()
     to = x[:,None]-x   # (bs, bs, ...) from each possible partner
     lam = ((mixed[:,None]-x)*to).sum(-1)/to.square().sum(-1).clamp_min(1e-12)
@@ -36,14 +36,14 @@ def recover(
 
 # %% ../../nbs/36_peers.ipynb #ed2f06d5
 def exact_loss(
-    u:callable, # Predictions and targets: the unreduced loss, (bs, ...)
-    w:callable, # Targets: their weights in the mean, of `u`'s shape
+    u:callable, # Takes predictions and targets, and returns the unreduced loss, (bs, ...)
+    w:callable, # Takes targets, and returns their weights in the mean, shaped as the unreduced loss
     pred:Tensor, # Predictions for the mixed inputs
     y:Tensor, # (bs, ...) Targets
     lam:Tensor, # (bs,)
     idx:Tensor, # (bs,) Position of each sample's partner
 ) -> float:
-    "The loss on both targets, by λ"
+    "The losses on both targets, averaged with the weights λ and 1-λ"
     def total(own, partner): return sum(l@o.double().reshape(len(y), -1).sum(1) for l,o in ((lam,own),(1-lam,partner)))
     return (total(u(pred, y), u(pred, y[idx]))/total(w(y), w(y[idx]))).item()
 
@@ -51,9 +51,9 @@ def exact_loss(
 def focal_loss(
     pred:Tensor, # (bs, c) Logits
     y:Tensor, # (bs,) Classes
-    reduction:str='mean', # Over samples
+    reduction:str='mean', # Reduction over the samples
 ) -> Tensor:
-    "The [focal loss](https://arxiv.org/abs/1708.02002) with γ = 2, as one would write it"
+    "The [focal loss](https://arxiv.org/abs/1708.02002) with γ = 2, as a user would write it"
     nll = F.cross_entropy(pred, y, reduction='none')
     u = (1-(-nll).exp())**2 * nll
     return u if reduction=='none' else getattr(u, reduction)()
@@ -82,7 +82,7 @@ cases = {   # targets, PyTorch's loss and fastai's, unreduced loss, weights
 
 # %% ../../nbs/36_peers.ipynb #d10ff0aa
 class Seen(nn.Module):
-    "A model that keeps what it has seen and predicted"
+    "A model that keeps its inputs (after the embedding, if there is one) and its predictions"
     def __init__(self,
         kind:str='images', # Or 'masks', with predictions for each pixel, or 'tokens'
         n_out:int=4, # Outputs
@@ -93,7 +93,7 @@ class Seen(nn.Module):
 
     def forward(self, x):
         self.seen = self.first(x)
-        self.pred = 9*self.last(self.seen)   # predictions that differ
+        self.pred = 9*self.last(self.seen)   # scaled, so that predictions differ
         return self.pred
 
 # %% ../../nbs/36_peers.ipynb #b07ad5bd
@@ -102,13 +102,13 @@ class _KeepLoss(Callback):
     def after_loss(self): self.value = self.learn.loss.item()
 
 def by_callback(
-    mixer:Callback, # That mixes
+    mixer:Callback, # Callback that mixes
     x:Tensor, # (bs, ...) Inputs
     y:Tensor, # (bs, ...) Targets
     loss_func, # Loss
     model:nn.Module, # From inputs to predictions
 ) -> float: # The loss
-    "Train on one batch with a callback"
+    "Train on one batch with a callback, and return its loss"
     dl = DataLoader(list(zip(x, y)), bs=len(x), num_workers=0, create_batch=lambda _: (x,y))
     learn = Learner(DataLoaders(dl, dl, device='cpu'), model, loss_func, opt_func=SGD, lr=0., cbs=[mixer, keep := _KeepLoss()])
     with learn.no_bar(),learn.no_logging(): learn.fit(1, cbs=SkipValid())
@@ -116,7 +116,7 @@ def by_callback(
 
 # %% ../../nbs/36_peers.ipynb #fc77136f
 def by_transform(
-    transform:callable, # That mixes a batch
+    transform:callable, # Function that mixes a batch
     x:Tensor, # (bs, ...) Inputs
     y:Tensor, # (bs, ...) Targets
     loss_func, # Loss
@@ -138,12 +138,12 @@ def try_loss(
     library:str, # One of `libraries`
     y:Tensor, # (8, ...) Targets
     loss_func, # PyTorch's loss
-    flat, # fastai's
-    u:callable, # The unreduced loss; None: numbers are blended instead
-    w:callable, # The weights in its mean
+    flat, # fastai's loss
+    u:callable, # The unreduced loss, as for `exact_loss`; None: numbers are blended instead
+    w:callable, # The weights in the mean, as for `exact_loss`
     kind:str='images', # Of the inputs and the model, as for `Seen`
 ) -> str: # '✓', the factor by which the loss is wrong, or '✗' for an error
-    "Is the loss of a batch that `library` has mixed what it should be?"
+    "Is the loss of a batch that `library` has mixed correct?"
     run,mixer,_ = libraries[library]
     torch.manual_seed(1)
     x,model = torch.randint(9, (8,5)) if kind=='tokens' else torch.rand(8, 3, 8, 8),Seen(kind, 1 if y.shape[1:]==(1,) else 4)
@@ -181,7 +181,7 @@ def has_own_lams(
 def keeps_tensors(
     library:str, # One of `libraries`
 ) -> bool:
-    "Is what the loader returned as it was after `MixUp` and `CutMix`?"
+    "Are the loader's tensors unchanged after `MixUp` and `CutMix`?"
     return all(x.equal(given) for cut in (False,True) for x,_,given in [_mixed(library, cut)])
 
 # %% ../../nbs/36_peers.ipynb #f06edf57
@@ -221,7 +221,7 @@ class _Interrupt(Callback):
 def survives_interrupt(
     library:str, # One of `libraries`
 ) -> bool: # None where there is nothing to interrupt
-    "After Ctrl-C in a fit, are predictions probabilities?"
+    "Are predictions still probabilities after Ctrl-C in a fit?"
     run,mixer,_ = libraries[library]
     if run is by_transform: return None
     dls = DataLoaders.from_dsets(*[list(zip(torch.rand(16, 3, 8, 8), torch.arange(16)%4))]*2, bs=8, num_workers=0, device='cpu')

@@ -1,4 +1,4 @@
-"""The paper's model, optimizer and augmentation, for a GPU
+"""Train the paper's model on a GPU, with the paper's optimizer and augmentation
 
 Docs: https://fastmix.github.io/fastmix/scale.html.md"""
 
@@ -70,7 +70,7 @@ def shift_flip(
     x:Tensor, # (bs, channels, h, w)
     pad:int=4, # The largest shift, in pixels
 ) -> Tensor: # (bs, channels, h, w)
-    "Shift each image, and mirror it or not"
+    "Shift each image at random, and mirror it half of the time"
     (bs,_,h,w),dev = x.shape,x.device
     def at(size): return torch.randint(0, 2*pad+1, (bs,1), device=dev)+torch.arange(size, device=dev)
     rows,cols = at(h),at(w)
@@ -90,7 +90,7 @@ class ShiftFlip(Callback):
 def scale_arms(
     noise:float, # Fraction of the training labels that are random
 ) -> dict: # Name: a function that makes a mixer, or None, and the dropout of each block
-    "What is compared"
+    "The arms to compare"
     def same_method(alpha, name): return {f"fastai's MixUp({name})": (partial(fastai_mixup.MixUp, alpha),0.), f'MixUp({name})': (partial(MixUp, alpha),0.),
         f'MixUp({name}), as in the paper': (partial(MixUp, alpha, per_batch=True, fold=False),0.)}
     if noise: return {'ERM': (noop,0.), 'dropout(.3)': (noop,.3), 'dropout(.8)': (noop,.8), **same_method(8., '8'), 'MixUp(8) + dropout(.3)': (partial(MixUp, 8.),.3)}
@@ -108,10 +108,10 @@ def train_at_scale(
     dls:DataLoaders, # Images, 28 or 32 pixels wide, and ten classes
     mixer, # A mixer, or None
     p:float, # Dropout in each block
-    epochs:int, # To train
-    width:int=64, # Of `preact_resnet18`
+    epochs:int, # Epochs to train
+    width:int=64, # As for `preact_resnet18`
     cbs=None, # More callbacks, for the training only, such as `ShiftFlip`
-) -> Learner: # Trained
+) -> Learner: # Trained learner
     "Train `preact_resnet18` as the paper does, in half precision where that is faster"
     dls.to(default_device())
     learn = Learner(dls, preact_resnet18(dls.one_batch()[0].shape[1], p, width), loss_func=CrossEntropyLossFlat(), metrics=error_rate, wd=1e-4,
@@ -162,23 +162,23 @@ class _Run:
 # %% ../../nbs/34_scale.ipynb #c7dd89d1
 @call_parse
 def scale(
-    epochs:int=60, # To train; the paper has 200
+    epochs:int=60, # Epochs to train; the paper has 200
     seeds:int=3, # Runs of each kind
     noise:float=0., # Fraction of the training labels to replace by random ones; the paper has .2, .5 and .8
     data:str='fashion', # Or 'cifar'
     n:int=None, # Images to train on; by default all
     width:int=64, # Channels of the model's first stage, a multiple of 8; the paper's has 64
-    arms:str=None, # Only these of `scale_arms`, with a semicolon between them; the first is what others are compared with
+    arms:str=None, # Only these of `scale_arms`, separated by semicolons; the first is the baseline
     raw:bool=False, # Train on the images as they are, neither shifted nor mirrored?
-    probes:int=2000, # Test images to attack, or, where labels are random, to validate on after each epoch; at the end all are scored
-    out:str='runs/scale.csv', # The table of runs; those that it has are not run again
+    probes:int=2000, # Test images to attack or, where labels are random, to validate on after each epoch; the final scores use all
+    out:str='runs/scale.csv', # CSV file of runs; those that it has are not run again
 ):
     "Train and score a pre-activation ResNet-18 with and without mixup"
     if data not in ('fashion','cifar'): raise ValueError(f"data must be 'fashion' or 'cifar', but it is {data!r}")
     if n is None: n = 60_000 if data=='fashion' else 50_000
     known = list(scale_arms(noise))
     arms = arms.split(';') if arms else known
-    if unknown := [o for o in arms if o not in known]: raise ValueError(f'arms must be of {known}, but {unknown} are not')
+    if unknown := [o for o in arms if o not in known]: raise ValueError(f'arms must be among {known}, but {unknown} are not')
     setting = dict(data=data, n=n, width=width, noise=noise, epochs=epochs, raw=raw, probes=probes)
     settings = [dict(arm=arm, **setting, seed=seed) for seed in range(1, seeds+1) for arm in arms]
     run_missing(out, _Run(**setting), settings)

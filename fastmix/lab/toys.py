@@ -1,4 +1,4 @@
-"""Gaussians in the plane for a GAN to learn, and two scores of what it generates
+"""Two toy targets for a GAN, made of Gaussians in the plane, and two scores of the points that it generates
 
 Docs: https://fastmix.github.io/fastmix/toys.html.md"""
 
@@ -15,7 +15,7 @@ __all__ = ['ring_centres', 'grid_centres', 'GaussianBatches', 'mode_coverage']
 # %% ../../nbs/30_toys.ipynb #c4e81369
 def ring_centres(
     n:int=8, # Number of Gaussians
-    radius:float=2., # Of the ring
+    radius:float=2., # Radius of the ring
 ) -> Tensor: # (n, 2), float32
     "Centres of Gaussians in a ring"
     at = torch.arange(n)*(2*math.pi/n)
@@ -34,10 +34,10 @@ def grid_centres(
 class GaussianBatches:
     "Batches of noise and of points around `centres`, drawn anew from torch's global random generator each time they are read"
     def __init__(self,
-        centres:Tensor, # (n, 2)
+        centres:Tensor, # (n, 2) Centres of the Gaussians
         std:float=.05, # Standard deviation of each Gaussian
         bs:int=128, # Batch size
-        n_batches:int=1000, # In an epoch
+        n_batches:int=1000, # Batches in an epoch
     ): self.centres,self.std,self.bs,self.n_batches = centres,std,bs,n_batches
 
     def __len__(self): return self.n_batches
@@ -56,7 +56,7 @@ class GaussianBatches:
 # %% ../../nbs/30_toys.ipynb #aa646cb7
 def mode_coverage(
     x:Tensor, # (n, d) Generated points
-    centres:Tensor, # (k, d) Of the Gaussians
+    centres:Tensor, # (k, d) Centres of the Gaussians
     std:float, # Standard deviation of each Gaussian
 ) -> tuple: # Number of Gaussians with a point within 3 `std`, and fraction of the points that are within 3 `std` of a Gaussian
     "Number of modes that are covered, and the fraction of good points"
