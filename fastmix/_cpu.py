@@ -1,4 +1,4 @@
-"""Fast ways to blend and to paste rows of a CPU's memory
+"""Blend and paste samples faster on a CPU
 
 Docs: https://fastmix.github.io/fastmix/cpu.html.md"""
 
@@ -22,18 +22,18 @@ __all__ = ['fast_blend', 'new_memory', 'fast_paste']
 _spare = deque(maxlen=2)
 
 def _reuse_memory(x, n):
-    "Memory for `n` rows like those of `x`: that of an earlier tensor, once nothing holds it any more"
+    "Memory for `n` rows like those of `x`, reused from an earlier tensor that nothing refers to any more, if there is one"
     nbytes = x.nbytes//len(x)*n
     try: block = _spare.pop()
     except IndexError: block = np.empty(0, np.uint8)
     if block.nbytes<nbytes: block = np.empty(nbytes, np.uint8)
     lent = block[:nbytes]
-    weakref.finalize(lent, _spare.append, block).atexit = False   # at exit it may still be held
+    weakref.finalize(lent, _spare.append, block).atexit = False   # at exit, a tensor may still use it
     return torch.from_numpy(lent).view(x.dtype).view(n, *x.shape[1:])
 
 # %% ../nbs/01a_cpu.ipynb #9531ad2a
 def _rows(x):
-    "View (bs, ...) as (bs, n) in the order of its memory; None where samples do not lie one after another"
+    "View (bs, ...) as (bs, n) in memory order; None unless the samples lie one after another"
     if not x.is_contiguous():
         order = sorted(range(x.ndim), key=x.stride, reverse=True)
         x = x.permute(order)
@@ -41,7 +41,7 @@ def _rows(x):
     return x.view(len(x), -1)
 
 def _memory_rows(x, needs_grad):
-    "`x` as rows of a CPU's memory, if that is what it is, and needs neither a gradient nor a compiler"
+    "`x` as rows of memory; None if it is not on the CPU, needs a gradient or is being compiled"
     if not x.is_cpu or needs_grad and torch.is_grad_enabled() or torch.compiler.is_compiling(): return None
     return _rows(as_plain(x)) if type(x).__torch_dispatch__ is Tensor.__torch_dispatch__ and x.numel() else None
 
@@ -70,17 +70,17 @@ def _blend_narrow(x, pairs, weights):
 
 # %% ../nbs/01a_cpu.ipynb #27c14d9c
 def fast_blend(x, pairs, weights):
-    "As `blend_rows`, without gathering the partners first; None where there is no fast way"
+    "As `blend_rows`, without gathering the partners first; None where it does not apply"
     if x.dtype not in (torch.float32,torch.bfloat16,torch.float16): return None
     rows = _memory_rows(x, x.requires_grad or weights.requires_grad)
     if rows is None: return None
-    is_wide = x.nbytes>=2**17*len(x) and (pairs.shape[1]==2 or x.dtype==torch.float32)   # halves would be rounded at each addition
+    is_wide = x.nbytes>=2**17*len(x) and (pairs.shape[1]==2 or x.dtype==torch.float32)   # half precision would be rounded at each addition
     f = _blend_wide if is_wide else _blend_narrow
     return _shaped(f(rows, pairs, weights), x)
 
 # %% ../nbs/01a_cpu.ipynb #969d3386
 def new_memory(x, bs):
-    "Memory for `bs` rows like those of `x`, of its class, dtype and format, not initialised; None where `x` has no `_memory_rows`"
+    "Uninitialised memory for `bs` rows like those of `x`, of its class, dtype and format; None where `x` has no `_memory_rows`"
     rows = _memory_rows(x, x.requires_grad)
     return None if rows is None else _shaped(_reuse_memory(rows, bs), x)
 
@@ -88,7 +88,7 @@ def new_memory(x, bs):
 _bits = {1:torch.uint8, 2:torch.int16, 4:torch.int32, 8:torch.int64}
 
 def fast_paste(x, pairs, places):
-    "As `paste` of a `Region`, where each of `places` holds slices, or a mask as an array of bool; None where there is no fast way"
+    "As `Region.paste`, where each of `places` is slices, or a mask as an array of bool; None where it does not apply"
     res = new_memory(x, len(pairs)) if x.element_size() in _bits else None
     if res is None: return None
     src,out = (as_plain(o.detach()).resolve_conj().resolve_neg().view(_bits[x.element_size()]).numpy() for o in (x,res))

@@ -1,4 +1,4 @@
-"""What a loss was configured with, however it is wrapped
+"""How to find the options that a loss was configured with, however it is wrapped
 
 Docs: https://fastmix.github.io/fastmix/loss_config.html.md"""
 
@@ -23,8 +23,8 @@ __all__ = ['scripted', 'ClassLoss', 'loss_layers', 'loss_option', 'is_separable'
 # %% ../nbs/06_loss_config.ipynb #23797001
 def loss_layers(
     loss_func, # Loss, as a fastai `Learner` takes it
-) -> list: # `loss_func`, what it wraps, what that wraps, ...
-    "A loss from the outside in: through partials and fastai's `BaseLoss`; a module without its `torch.compile`"
+) -> list: # `loss_func`, the loss that it wraps, and so on inwards
+    "The layers of a loss from the outside in, through partials, fastai's `BaseLoss` and `torch.compile`"
     layers,f = [],loss_func
     while True:
         if isinstance(f, OptimizedModule): f = f._orig_mod
@@ -46,8 +46,8 @@ def _params(f): return {} if isinstance(f, scripted) else _signature(getattr(f, 
 
 def loss_option(
     loss_func, # Loss, as a fastai `Learner` takes it
-    name:str, # Of the option
-    default=None, # Where there is none
+    name:str, # Name of the option
+    default=None, # Value where the loss has no such option
 ):
     "The value of an option of `loss_func`: a partial's keyword, an attribute, or its signature's default"
     layers = loss_layers(loss_func)
@@ -83,7 +83,7 @@ ClassLoss = namedtuple('ClassLoss', 'func weight ignore_index label_smoothing re
 
 def class_loss(
     loss_func, # Loss, as a fastai `Learner` takes it
-) -> ClassLoss: # func is the innermost, axis None where it does not flatten; None for another loss
+) -> ClassLoss: # `func` is the innermost loss, `axis` is None where it does not flatten; None for any other loss
     "How PyTorch's or fastai's cross-entropy, negative log-likelihood or label smoothing was configured, however wrapped"
     *outer,f = layers = loss_layers(loss_func)
     if not _is_one_of(_class_losses, layers): return None
@@ -104,16 +104,16 @@ _other_losses = _of_numbers | {FocalLoss, DiceLoss}
 def is_standard(
     loss_func, # Loss, as a fastai `Learner` takes it
 ) -> bool:
-    "Is `loss_func` one of PyTorch's or fastai's losses whose way of reducing is known?"
+    "Is `loss_func` one of the PyTorch and fastai losses for which we know how they reduce?"
     return class_loss(loss_func) is not None or _is_one_of(_other_losses, loss_layers(loss_func), weighted=False)
 
 # %% ../nbs/06_loss_config.ipynb #18b4f841
 def mixes_losses(
     loss_func, # Loss, as a fastai `Learner` takes it
-    y:Tensor, # (bs, ...) Target
-    y_int:bool=None, # Decide for the loss: are its targets classes, so that the losses are mixed?
+    y:Tensor, # (bs, ...) Targets
+    y_int:bool=None, # Are the targets classes, so that the losses are mixed? By default decided from the loss and `y`
 ) -> bool: # True: mix the losses on both targets. False: blend the targets
-    "Are the losses mixed, or the targets? `y_int` decides, or else the loss's own `y_int`; else floats in a standard loss are blended, and numbers in one of numbers"
+    "Mix the losses, or blend the targets? `y_int` decides, or the loss's own `y_int`, or else the type of loss and targets"
     if y_int is not None: return y_int
     layers = loss_layers(loss_func)
     for f in layers:

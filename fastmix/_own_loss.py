@@ -1,4 +1,4 @@
-"""A loss that fastmix does not know, called once for each target of a mixture
+"""How a loss that fastmix does not know is mixed: by one call for each target of a mixture
 
 Docs: https://fastmix.github.io/fastmix/own_loss.html.md"""
 
@@ -31,7 +31,7 @@ __all__ = ['LossState', 'LossCalls', 'check_depends', 'per_sample', 'call_for_ea
 _internals = {*vars(nn.Module())} - {'training'}
 
 def _is_yours(o):
-    "Is `o` an object of a class that no installed package has defined?"
+    "Was the class of `o` defined outside installed packages?"
     name = type(o).__module__
     file = getattr(sys.modules.get(name), '__file__', None) or ''
     return hasattr(o, '__dict__') and name.partition('.')[0] not in {*sys.stdlib_module_names,'fastmix'} and f'-packages{os.sep}' not in file
@@ -40,7 +40,7 @@ def _not_numbers(values): return () if {*map(type, values)} <= {int,float,str,bo
 
 # %% ../nbs/06a_own_loss.ipynb #2202b622
 def _reach(o, found=None):
-    "The modules, functions and containers that a loss is made of, and the objects that it is a method of, each once, by its id"
+    "The modules, functions and containers in a loss, and the objects that its methods belong to, by id"
     found = {} if found is None else found
     is_part = isinstance(o, (nn.Module,SimpleNamespace,list,tuple,dict,deque,np.ndarray)) or callable(o) or _is_yours(o)
     if id(o) in found or isinstance(o, (type,Learner)) or not is_part: return found
@@ -70,8 +70,8 @@ def _refill(o, values):
 
 # %% ../nbs/06a_own_loss.ipynb #dd216b53
 class LossState:
-    "What a loss remembers from call to call, and the state of random generators"
-    def __init__(self, loss_func, frozen=True):   # a loss or a model; is it refused if it writes into its parameters?
+    "The state that a loss keeps from call to call, and that of the random generators"
+    def __init__(self, loss_func, frozen=True):   # a loss or a model; frozen: is it refused if it writes into its parameters?
         objects = [o for o in _reach(loss_func).values() if not isinstance(o, scripted)]
         owners = [o for f in objects for o in (f, getattr(f, '__self__', None) if inspect.ismethod(f) else None) if isinstance(getattr(o, '__dict__', None), dict)]
         dicts = [d for o in owners for d in (vars(o), vars(o).get('_buffers')) if isinstance(d, dict)]
@@ -88,7 +88,7 @@ class LossState:
         self.random = torch.get_rng_state(),np.random.get_state(),random.getstate()
 
     def reset(self):
-        "As it was, with the very same objects"
+        "Restore the saved state, with the very same objects"
         for d,attrs in self.attrs:
             for k in d.keys()-attrs.keys(): del d[k]
             d.update(attrs)
@@ -98,18 +98,18 @@ class LossState:
         if self.cuda is not None: torch.cuda.set_rng_state(self.cuda)
 
     def restore(self):
-        "As it was, with tensors of its own to write into; a `ValueError` where it has written into what stays"
+        "Restore the saved state, with copies of tensors to write into; a `ValueError` if the loss has written into what is not copied"
         if any(v._version!=version for v,version in self.fixed): raise ValueError(
-            'The loss writes into its parameters, or tensors in a tuple, which would be done for each target of a mixture: '
-            'have a callback do it, once a batch, or keep in a list or a buffer what it remembers')
+            'The loss writes into its parameters, or into tensors in a tuple, and would do so once for each target of a mixture: '
+            'write into them once per batch, in a callback, or keep what the loss remembers in a buffer or a list')
         self.reset()
         self.lent = {i: v.clone() for i,v in self.tensors.items() if id(v._base) not in self.tensors}
-        for i,v in self.tensors.items():   # a view stays one
+        for i,v in self.tensors.items():   # a view stays a view, of the copy
             if i not in self.lent: self.lent[i] = self.lent[id(v._base)].as_strided(v.shape, v.stride(), v.storage_offset()-v._base.storage_offset())
         self._exchange(self.lent)
 
     def _exchange(self, new):
-        "Put other tensors in place of those whose ids `new` has"
+        "Replace the tensors whose ids are in `new`"
         for d,_ in self.attrs: d.update({k: new[id(v)] for k,v in d.items() if id(v) in new})
         for c,_ in self.cells: c.cell_contents = new.get(id(c.cell_contents), c.cell_contents)
         for o,_ in self.containers:
@@ -117,7 +117,7 @@ class LossState:
             elif not isinstance(o, np.ndarray) and any(id(v) in new for v in o): _refill(o, [new.get(id(v), v) for v in o])
 
     def keep(self):
-        "What the last call has written goes into the tensors that others may hold"
+        "Copy what the last call has written into the original tensors, which others may hold"
         for i,v in self.tensors.items():
             if id(v._base) not in self.tensors and not self.lent[i].equal(v): v.data.copy_(self.lent[i])
         self._exchange({id(self.lent[i]): v for i,v in self.tensors.items()})
@@ -125,7 +125,7 @@ class LossState:
 # %% ../nbs/06a_own_loss.ipynb #4da70260
 @patch(as_prop=True)
 def has_drawn(self:LossState):
-    "Have random numbers been drawn since?"
+    "Have random numbers been drawn since the state was saved?"
     same = torch.get_rng_state().equal(self.random[0]) and np.random.get_state()[2:]==self.random[1][2:] and random.getstate()==self.random[2]
     return not same or self.cuda is not None and not torch.cuda.get_rng_state().equal(self.cuda)
 
@@ -136,17 +136,17 @@ def _clone(o):
     return res
 
 class LossCalls:
-    "Calls of a loss on the predictions of one batch, each of which finds what the first one found"
+    "Calls of a loss on the predictions of one batch, each from the same state"
     def __init__(self,
         loss_func, # Loss, as a fastai `Learner` takes it
         pred, # Predictions
-        y_int:bool=None, # True: it is known to look at its targets, also where it seems that it does not
+        y_int:bool=None, # True: the loss looks at its targets, even where it seems not to
     ):
         self.loss_func,self.pred,self.y_int,self.is_own = loss_func,pred,y_int,not is_standard(loss_func)
         self.remember()
 
     def remember(self):
-        "From now on, each call finds what there is now"
+        "Save the present state, from which each later call starts"
         self.state = LossState(self.loss_func) if self.is_own else None
 
     def __enter__(self): return self
@@ -154,7 +154,7 @@ class LossCalls:
         if self.state: self.state.reset() if error else self.state.keep()
 
     def __call__(self, f, yb):
-        "`f`, the loss or the same left unreduced, of the targets `yb`; one of your own gets tensors of its own, to write into"
+        "Call `f`, the loss or its unreduced form, with the targets `yb`; a loss of your own gets copies to write into"
         if not self.is_own: return f(self.pred, *yb)
         self.state.restore()
         res = f(*map_tensors(_clone, (self.pred,*yb)))
@@ -168,12 +168,12 @@ def _value_and_gradient(u, pred):
     return [u, *(torch.zeros(()) if o is None else o for o in found)]
 
 def _looks_at_targets(calls, f, u, yb):
-    "Do other targets change what the loss returns, or its gradient?"
+    "Do other targets change the loss or its gradient?"
     want = _value_and_gradient(u, calls.pred)
     numbers,p = all(y.is_floating_point() for y in yb),calls.pred
     for v in (0,1,-1) if numbers else range(min(p.shape[1], 100) if isinstance(p, Tensor) and p.ndim>1 and p.shape[1]>1 else 2):
         try: got = _value_and_gradient(calls(f, tuple(torch.full_like(y, v) for y in yb)), calls.pred)
-        except Exception: return True   # it looked, and did not like them
+        except Exception: return True   # it looked at them, and refused them
         if not all(map(torch.equal, want, got)): return True
     return False
 
@@ -181,16 +181,16 @@ def check_depends(calls, f, us, ybs):
     "A `ValueError` if the loss does not depend on the targets it is called with"
     if calls.y_int or not all(us[0].equal(u) for u in us[1:]) or not us[0].any(): return
     if any(u is us[0] for u in us[1:]) or any(not a.equal(b) for yb in ybs[1:] for a,b in zip(ybs[0], yb)) and not _looks_at_targets(calls, f, us[0], ybs[0]):
-        raise ValueError(f'{calls.loss_func} returns the same for both targets of a mixture, and for others too, so it takes labels from elsewhere, which are not mixed: '
-            'compute it of the targets that it is called with. If no targets are to count, as in distillation, pass the mixer y_int=False; '
-            'if they do, and only not yet, as in a warm-up from 0, y_int=True')
+        raise ValueError(f'{calls.loss_func} returns the same for both targets of a mixture, and for other targets, '
+            'so it takes labels from elsewhere, which are not mixed: compute it from the targets that it is called with. If it needs no '
+            'targets, as in distillation, pass y_int=False to the mixer; if they count only later, as in a warm-up from 0, y_int=True')
 
 # %% ../nbs/06a_own_loss.ipynb #5041efba
 def per_sample(
     lam:Tensor, # (bs, ...), or (1, ...) for the whole batch
     u:Tensor, # (bs, ...), or (bs*k, ...) flattened sample after sample
 ) -> Tensor: # Broadcasts with `u`
-    "`lam`, spread over the elements of each sample in `u`"
+    "`lam`, repeated for all elements of each sample in `u`"
     if len(lam) not in (1,len(u)): lam = lam.repeat_interleave(len(u)//len(lam), 0)
     return lam.view(*lam.shape, *[1]*(u.ndim-lam.ndim))
 
@@ -199,19 +199,19 @@ def _weighted_sum(us, weights):
     us = [as_plain(o).to(torch.promote_types(o.dtype, torch.float32)) for o in us]
     return sum(w.to(u.dtype)*u for u,w in zip(us, weights))
 
-_one_lam = 'mix with one λ for the batch, `per_batch=True`'
+_one_lam = 'pass per_batch=True to the mixer, for one λ per batch'
 
 def _reduce(loss_func, us, weights):
     u,bs = us[0],len(weights)
     flattens = any(isinstance(f, BaseLoss) for f in loss_layers(loss_func))
     if not u.ndim or len(u)%max(bs, 1) or len(u)!=bs and not flattens: raise ValueError(
-        f'{loss_func} left unreduced has the shape {tuple(u.shape)}, which has no values for each of the {bs} samples: {_one_lam}')
+        f'{loss_func}, left unreduced, returns a tensor of shape {tuple(u.shape)}, without values for each of the {bs} samples: {_one_lam}')
     reduction,u = loss_option(loss_func, 'reduction'),_weighted_sum(us, [per_sample(w, u) for w in weights.unbind(1)])
     return u if reduction=='none' else getattr(u, reduction)()
 
 # %% ../nbs/06a_own_loss.ipynb #fc151d3c
 def call_for_each(calls, f, ybs):
-    "A loss for each target of a mixture; a `ValueError` where it is not a function of predictions and targets"
+    "The loss on each target of a mixture; a `ValueError` where it is not a function of predictions and targets"
     if not calls.is_own: return [calls(f, yb) for yb in ybs]
     with calls:
         first,*others = [calls(f, yb) for yb in ybs]
@@ -219,12 +219,12 @@ def call_for_each(calls, f, ybs):
         last = calls(f, ybs[0])
         if first.shape!=last.shape or not torch.allclose(first, last, rtol=1e-4, equal_nan=True): raise ValueError(
             f'{calls.loss_func} returns {last.mean().item():.6g} where it returned {first.mean().item():.6g} before, for the same predictions and targets, '
-            'so it cannot be called for both targets of a mixture: let it keep what it remembers in attributes or buffers, and draw from the global generators, '
-            'or pass the mixer y_int=False, which calls it once')
+            'so it cannot be called for both targets of a mixture: keep what it remembers in attributes or buffers, '
+            'and draw from the global random generators, or pass y_int=False to the mixer, which then calls it once')
     return [last,*others]
 
 def mix_values(calls, weights, ybs):
-    "The mean of the losses on each target; a `ValueError` where samples have weights of their own and the loss cannot be left unreduced"
+    "The weighted mean of the losses on each target; a `ValueError` where each sample has its own λ and the loss cannot be left unreduced"
     loss_func = calls.loss_func
     if len(weights)==1: return _weighted_sum(call_for_each(calls, loss_func, ybs), weights[0])
     if not is_separable(loss_func): raise ValueError(f'{loss_func} has no `reduction` to leave out, so it cannot be mixed sample by sample: {_one_lam}')
@@ -247,31 +247,31 @@ def _flip(o, dim=0):
     return res
 
 def _check_order(loss_func, pred, yb, want):
-    "A `ValueError` if the loss, `want`, is another one for the same samples in another order"
+    "A `ValueError` if the loss differs from `want` for the same samples in another order"
     if any(not isinstance(o, Tensor) or not o.ndim or len(o)!=len(yb[0]) for o in tensors_in((pred,yb))): return
     dims = (1,0) if all(o.shape[1:2]==o.shape[:1] for o in tensors_in(pred)) else (0,)   # time may be first, and as long as the batch
     for dim in dims:
         got = _try(loss_func, loss_func, map_tensors(partial(_flip, dim=dim), pred), [map_tensors(_flip, yb)])[0][0]
         if got.shape!=() or torch.allclose(got, want, rtol=max(1e-4, 4*torch.finfo(want.dtype).eps), atol=1e-5, equal_nan=True): return
     if _try(loss_func, loss_func, pred, [yb])[0][0].equal(want): raise ValueError(   # else it has a memory, which is an error of `mix_values`
-        f'{loss_func} returns {got.item():.6g} where it returned {want.item():.6g} for the same samples in another order, so it knows of each something that is not among its targets, '
-        'such as a weight: pass it as a further target of the batch, or, if it is what the model made of the mixed batch, return it from the model with the predictions')
+        f'{loss_func} returns {got.item():.6g} where it returned {want.item():.6g} for the same samples in another order, so it knows something about each that is not among its targets, '
+        'such as a weight: pass that as a further target of the batch, or, if the model computed it from the mixed batch, return it from the model with the predictions')
 
 # %% ../nbs/06a_own_loss.ipynb #4839ed99
 def _is_half(o): return o.is_floating_point() and o.element_size()<4
 
 def check_mixable(calls, weights, ybs):
-    "A `ValueError` if a loss of your own depends on the order of the samples, or, where each has its λ, cannot be mixed one by one"
+    "A `ValueError` if a loss of your own depends on the order of samples, or, where each has its own λ, cannot be mixed sample by sample"
     if not calls.is_own: return
     (bs,k),device,pred = weights.shape,weights.device,calls.pred
     half = any(map(_is_half, [*(v for v,_ in calls.state.fixed),*calls.state.tensors.values()]))
-    if not half: pred = map_tensors(lambda o: o.float() if _is_half(o) else o, pred)   # to tell small differences
+    if not half: pred = map_tensors(lambda o: o.float() if _is_half(o) else o, pred)   # to detect small differences
     with torch.autocast(device.type, enabled=half and torch.is_autocast_enabled(device.type)):
         _compare_calls(calls.loss_func, pred, torch.arange(bs, device=device), k, ybs)
 
 def _compare_calls(loss_func, pred, rows, k, ybs):
     per_batch = len(rows)==1
-    tried = ybs[:1] if per_batch else [*ybs,tuple(torch.stack(ys)[rows%k,rows] for ys in zip(*ybs))]   # the last: in turn
+    tried = ybs[:1] if per_batch else [*ybs,tuple(torch.stack(ys)[rows%k,rows] for ys in zip(*ybs))]   # the last alternates between them
     wants,draws = _try(loss_func, loss_func, pred, tried)
     if wants[0].shape==() and not draws: _check_order(loss_func, pred, ybs[0], wants[0])
     if per_batch or not is_separable(loss_func): return   # the latter is an error of `mix_values`
@@ -281,5 +281,5 @@ def _compare_calls(loss_func, pred, rows, k, ybs):
         got,size = _reduce(loss_func, us, weight),_reduce(loss_func, [u.abs() for u in us], weight)
         tol = max(1e-5, 4*torch.finfo(want.dtype).eps)
         if not torch.allclose(got, want.to(got.dtype), rtol=tol, atol=tol*size.max().item(), equal_nan=True): raise ValueError(
-            f'{loss_func} returns {want.mean().item():.6g} where its unreduced values, reduced as it says, make {got.mean().item():.6g}, '
-            f'so it cannot be mixed sample by sample: {_one_lam}')
+            f'{loss_func} returns {want.mean().item():.6g}, but its unreduced values, reduced by its `reduction`, '
+            f'give {got.mean().item():.6g}, so it cannot be mixed sample by sample: {_one_lam}')

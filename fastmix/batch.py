@@ -1,4 +1,4 @@
-"""What a batch must be to be mixed, and the record of a mixed one
+"""Which batches can be mixed, and the record that is kept of a mixed batch
 
 Docs: https://fastmix.github.io/fastmix/batch.html.md"""
 
@@ -26,38 +26,38 @@ def check_batch(
     xb:tuple, # Inputs
     yb:tuple, # Targets
 ):
-    "An error that says what to do if `xb` and `yb` are not all dense tensors of one length, or hold bounding boxes"
+    "Raise an error if `xb` and `yb` are not all dense tensors of one length, or hold bounding boxes"
     for o in (*xb,*yb):
         if not isinstance(o, Tensor): raise TypeError(
             f'Only tensors can be mixed, but the batch holds a {type(o).__name__}: '
-            'have the data block leave out what is no number, such as names, and make each other part an input or target of its own')
+            'leave out what is not a number, such as names, in the data block, and make every other part a separate input or target')
         if isinstance(o, (TensorBBox,BoundingBoxes)): raise TypeError(_no_boxes)
         if o.layout is not torch.strided or o.is_nested: raise TypeError(f'Only dense tensors can be mixed, but the batch holds one that is '
             f'{"nested" if o.is_nested else o.layout}: pad it, or call its to_dense()')
         if not o.ndim or len(o)!=len(xb[0]): raise ValueError(
-            f'An input or target of shape {tuple(o.shape)} has not one row for each of the {len(xb[0])} samples, '
-            'so it cannot be mixed with its partner')
+            f'An input or target of shape {tuple(o.shape)} does not have one row for each of the {len(xb[0])} samples, '
+            'so it cannot be mixed: pass one row per sample')
 
 # %% ../nbs/08a_batch.ipynb #8ba090e3
 def check_types(
-    dl, # That is trained on
+    dl, # Training loader
 ):
     "A `TypeError` where items hold bounding boxes"
     if any(isinstance(t, type) and issubclass(t, (TensorBBox,BoundingBoxes)) for t in tensors_in(getattr(dl, '_types', None))): raise TypeError(_no_boxes)
     with no_random():
         try: item = dl.dataset[0]
-        except Exception: return   # no list of items, or one that is read in another way
+        except Exception: return   # not a list of items, or one that is read in another way
     check_items(item)
 
 def check_items(
-    o, # A sample
+    o, # Sample: tensors, or nests of them
 ):
-    "A `TypeError` if there are bounding boxes in a sample, a nest"
+    "A `TypeError` if a sample holds bounding boxes"
     if any(isinstance(t, (TensorBBox,BoundingBoxes)) for t in tensors_in(o)): raise TypeError(_no_boxes)
 
 # %% ../nbs/08a_batch.ipynb #7ca3a459
 def depends_on(
-    loss:Tensor, # That is to be trained
+    loss:Tensor, # Loss that is to be trained
     others:list, # Tensors
 ) -> bool:
     "Does the backward pass of `loss` go through one of `others`?"
@@ -88,7 +88,7 @@ class MixedBatch:
         return fill_nest(self.xb, self.inputs.xs)
 
     def targets(self) -> list: # k tuples of targets, each (bs, ...), and their weights (bs,)
-        "The targets of each sample and of its partners, none of them blended, with their weights; a mask that is cut is one"
+        "The unblended targets of each sample and of its partners, with their weights; a mask that is cut is one target"
         plan,blended = self.target_plan,[self.target_plan.is_blended(y) for y in self.ys]
         ys = tuple(y if b else plan.mix(y) for y,b in zip(self.ys, blended))
         if not any(blended): return [(ys,1.)]
@@ -100,11 +100,11 @@ class MixedBatch:
 
     @property
     def is_open(self) -> bool:
-        "Is its loss still to come?"
+        "Is the loss of this batch still to come?"
         return not self.closed and self.plan.k>1 and not self.was_mixed()
 
     def close(self):
-        "After the batch, however it ended"
+        "Clean up after the batch, however it ended"
         self.closed = True
         self.loss.calls.clear()
         self.loss.results.clear()

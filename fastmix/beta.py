@@ -1,4 +1,4 @@
-"""What mixers have in common that draw λ from a Beta distribution, and what those that paste regions add
+"""Base classes for a new mixer: one draws λ from a Beta distribution, the other also pastes regions
 
 Docs: https://fastmix.github.io/fastmix/beta.html.md"""
 
@@ -22,7 +22,7 @@ __all__ = ['BetaMix', 'RegionMix']
 
 # %% ../nbs/09a_beta.ipynb #52be419a
 class BetaMix(MixHandler):
-    "Base class of the mixers that draw λ from Beta(`alpha`,`alpha`): this one blends"
+    "Base class of the mixers that draw λ from Beta(`alpha`,`alpha`); on its own, it blends"
     scheduled = 'alpha','p'
     @delegates(MixHandler)
     def __init__(self,
@@ -40,7 +40,7 @@ class BetaMix(MixHandler):
 
     def plan_for(self,
         d:Draw, # What to draw from
-        alpha:float, # Above 0
+        alpha:float, # Present value of `alpha`, above 0
     ) -> Plan:
         "The plan for the present `alpha`"
         lam = draw_lam(self.n_lam(d), alpha, d.rng, self.fold)
@@ -48,12 +48,12 @@ class BetaMix(MixHandler):
 
 # %% ../nbs/09a_beta.ipynb #2287959d
 class RegionMix(BetaMix):
-    "Base class of the mixers that paste a region of its partner into each sample: a subclass defines `region`"
+    "Base class of the mixers that paste a region of the partner into each sample; a subclass defines `region`"
     @delegates(BetaMix)
     def __init__(self,
         alpha:float, # The region covers about the fraction 1-λ, with λ from Beta(`alpha`,`alpha`); 0 is off
         *args,
-        spatial_dims:int=None, # How many of the last dimensions are places; by default all after the channels
+        spatial_dims:int=None, # Number of spatial dimensions, which come last; by default all after the channels
         **kwargs # For `BetaMix`
     ):
         super().__init__(alpha, *args, **kwargs)
@@ -64,7 +64,7 @@ class RegionMix(BetaMix):
         size:tuple, # Shape of the image, signal or volume, d numbers
         rng:np.random.Generator, # Random generator
     ) -> Region: # `Boxes`, `Mask` or `ShrunkBoxes`, one for each λ
-        "Where to paste"
+        "Draw the regions where the partners are pasted"
         raise NotImplementedError(f'{type(self).__name__} must define region(lam, size, rng), which returns Boxes, a Mask or ShrunkBoxes, as CutMix does')
 
     def plan_for(self, d, alpha):

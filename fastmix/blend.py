@@ -18,10 +18,10 @@ __all__ = ['blend', 'blend_rows']
 
 # %% ../nbs/01_blend.ipynb #8f0a3cf0
 def _in_floats(x, mean):
-    "`mean(dtype)` for a dtype to average `x` in, back in `x`'s own"
+    "`mean(dtype)`, computed in at least single precision and returned in the dtype of `x`"
     if not is_numeric(x): raise TypeError(
         f'An input of shape {tuple(x.shape)}, {x.dtype}, cannot be averaged: it holds {"True and False" if x.dtype==torch.bool else "categories or tokens"}. '
-        'Mix what the model makes of it, with ManifoldMixUp(layers=...). If it is no input, say what is one, as in x=0, y=1')
+        'Mix the output of a layer, with ManifoldMixUp(layers=...). If it is not an input, name inputs and targets, as in x=0, y=1')
     res = mean(torch.promote_types(x.dtype, torch.float32))
     return res.round_().to(x.dtype) if x.dtype==torch.uint8 else res.to(x.dtype)
 
@@ -30,7 +30,7 @@ def blend(
     x1:Tensor, # (bs, ...) Their partners
     lam:Tensor, # (bs,), or (1,) for the whole batch: weight of `x`
 ) -> Tensor: # (bs, ...), new memory, of `x`'s class, dtype and memory format
-    "`lam*x + (1-lam)*x1` (eq. 1 of [mixup](https://arxiv.org/abs/1710.09412)); a `TypeError` where `x` holds no numbers"
+    "`lam*x + (1-lam)*x1` (eq. 1 of [mixup](https://arxiv.org/abs/1710.09412)); a `TypeError` if `x` does not hold numbers"
     return _in_floats(x, lambda dtype: torch.lerp(x1.to(dtype), x.to(dtype), unsqueeze_as(lam, x).to(dtype)))
 
 # %% ../nbs/01_blend.ipynb #26d3ec68
@@ -42,7 +42,7 @@ def blend_rows(
     x:Tensor, # (n, ...) The samples, and any after them that are partners only
     pairs:Tensor, # (bs, k), int64: the positions of each sample and of its partners
     weights:Tensor, # (bs, k), or (1, k) for the whole batch: such as λ and 1-λ
-    in_order:bool=True, # Are the first of `pairs` the positions 0 to bs-1, in order?
+    in_order:bool=True, # Does the first column of `pairs` hold 0 to bs-1, in order?
 ) -> Tensor: # (bs, ...), new memory, of `x`'s class, dtype and memory format
     "The weighted mean of each sample and its partners"
     res = fast_blend(x, pairs, weights)

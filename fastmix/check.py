@@ -1,4 +1,4 @@
-"""Does a mixer train on what it shows? Train on images whose pixels are their labels, and compare
+"""Test whether a mixer teaches the labels that its images show, by training on images whose pixels are their labels
 
 Docs: https://fastmix.github.io/fastmix/check.html.md"""
 
@@ -16,9 +16,9 @@ __all__ = ['check_losses', 'Answer', 'check_mix']
 
 # %% ../nbs/15_check.ipynb #cb0de623
 class Answer(nn.Module):
-    "A model that answers every batch with its one parameter"
+    "A model that returns its one parameter for every batch"
     def __init__(self,
-        weight:Tensor, # (bs, ...) The answer
+        weight:Tensor, # (bs, ...) Its predictions
     ):
         super().__init__()
         self.weight = nn.Parameter(weight)
@@ -27,7 +27,7 @@ class Answer(nn.Module):
 
 # %% ../nbs/15_check.ipynb #9d9e0407
 def _code_loss(pred, y, reduction='mean'):
-    "A loss of one's own, in which targets are codes"
+    "A custom loss, for which targets are codes"
     return F.cross_entropy(pred, y.long(), reduction=reduction)
 
 check_losses = dict(classes=CrossEntropyLossFlat(), labels=BCEWithLogitsLossFlat(), numbers=MSELossFlat(), codes=_code_loss,
@@ -48,7 +48,7 @@ def _taught_value(kind, grad, size):
 
 # %% ../nbs/15_check.ipynb #5b163208
 class _Witness(Callback):
-    "The batches of a fit as they came, the inputs that the model was called with, and the gradients"
+    "Record the batches of a fit as they came, the inputs that the model was called with, and the gradients"
     order = -100
     def before_fit(self): self.batches = []
     def before_batch(self):
@@ -67,12 +67,12 @@ def _witness_fit(mixer, kind, size, n_batches, bs=16):
 
 # %% ../nbs/15_check.ipynb #056219d2
 def check_mix(
-    mixer:Callback, # A callback that mixes, on no learner: fastmix's, fastai's or your own
+    mixer:Callback, # A callback that mixes, not yet on a learner: fastmix's, fastai's or your own
     kind:str='classes', # Of the targets: 'classes', 'labels' (several of them), 'numbers', 'codes', 'masks' or 'maps'
     size:tuple=(16,16), # Shape of the images, signals or volumes
-    n_batches:int=8, # How many batches of 16 to mix
+    n_batches:int=8, # Number of batches of 16 to mix
 ) -> float: # The largest difference found
-    "Train on images that show their labels; an `AssertionError` where `mixer` teaches another label than it shows, or overwrites a batch"
+    "Train on images that show their labels; an `AssertionError` if `mixer` teaches other labels than it shows, or overwrites a batch"
     if not isinstance(mixer, Callback): raise TypeError(f'mixer must be a callback that mixes, such as MixUp(.4), but it is {mixer!r}')
     if n_batches<1: raise ValueError(f'n_batches must be at least 1, but it is {n_batches!r}')
     if kind not in check_losses: raise ValueError(f'kind must be one of {", ".join(check_losses)}, but it is {kind!r}')

@@ -1,4 +1,4 @@
-"""The random generator, λ, partners, and nests of tensors
+"""Draw λ and partners from a private random generator, and handle tensors of any shape or nesting
 
 Docs: https://fastmix.github.io/fastmix/core.html.md"""
 
@@ -27,50 +27,50 @@ def _rank():
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else int(os.environ.get('RANK') or 0)
 
 def private_rng() -> np.random.Generator: # Different in each process of a distributed run
-    "A random generator seeded from the state of Python's, NumPy's and torch's global generators, none of which it advances; the next one differs"
+    "A new random generator, seeded from the state of the global ones (Python, NumPy, torch) without advancing them; each call differs"
     state = np.random.get_state(legacy=False)
     seed = repr((random.getstate(), state)).encode() + torch.get_rng_state().numpy().tobytes()
-    if not state['has_gauss']: np.random.set_state(state | dict(gauss=state['gauss']+1))   # counts generators where no draw reads
+    if not state['has_gauss']: np.random.set_state(state | dict(gauss=state['gauss']+1))   # a counter, in a field that no draw reads
     return np.random.default_rng([int.from_bytes(hashlib.blake2b(seed, digest_size=16).digest(), 'little'), _rank()])
 
 # %% ../nbs/00_core.ipynb #ff789110
 def check_alpha(
     alpha:float, # Parameter of the Beta distribution
-) -> float: # The same, as a float
-    "`alpha` if it is a finite number of at least 0, else a `ValueError` that names it"
+) -> float: # `alpha`, as a float
+    "Return `alpha`, or raise a `ValueError` unless it is a finite number of at least 0"
     if isinstance(alpha, numbers.Real) and 0 <= alpha < math.inf: return float(alpha)
     raise ValueError(f'alpha must be a finite number of at least 0 (0 turns mixing off), but it is {alpha!r}')
 
 # %% ../nbs/00_core.ipynb #61a1b407
 def check_fraction(
-    name:str, # Of the argument
+    name:str, # Name of the argument
     value:float, # Fraction between 0 and 1
-) -> float: # The same, as a float
-    "`value` if it is between 0 and 1, else a `ValueError` that names it"
+) -> float: # `value`, as a float
+    "Return `value`, or raise a `ValueError` unless it is between 0 and 1"
     if isinstance(value, numbers.Real) and 0<=value<=1: return float(value)
     raise ValueError(f'{name} must be a fraction between 0 and 1, but it is {value!r}')
 
 def check_count(
-    name:str, # Of the argument
-    value:int, # How many
-    least:int=1, # The smallest that will do
-) -> int: # The same
-    "`value` if it is an integer of at least `least`, else a `ValueError` that names it"
+    name:str, # Name of the argument
+    value:int, # Its value
+    least:int=1, # Smallest valid value
+) -> int: # `value`, as an `int`
+    "Return `value`, or raise a `ValueError` unless it is an integer of at least `least`"
     if isinstance(value, numbers.Integral) and not isinstance(value, bool) and value>=least: return int(value)
     raise ValueError(f'{name} must be an integer of at least {least}, but it is {value!r}')
 
 def check_flag(
-    name:str, # Of the argument
-    value:bool, # On or off
-) -> bool: # The same
-    "`value` if it is True or False, else a `TypeError` that names it"
+    name:str, # Name of the argument
+    value:bool, # Its value
+) -> bool: # `value`, as a `bool`
+    "Return `value`, or raise a `TypeError` unless it is True or False"
     if isinstance(value, (bool,np.bool_)): return bool(value)
-    raise TypeError(f'{name} must be True or False, but it is {value!r}: pass all arguments but the first by name')
+    raise TypeError(f'{name} must be True or False, but it is {value!r}. Pass all arguments except the first by name')
 
 # %% ../nbs/00_core.ipynb #b5131b95
 def draw_lam(
-    n:int, # How many
-    alpha:float, # Parameter of the Beta distribution, above 0: small for mixtures close to one of the two samples, large for halves
+    n:int, # Number of values
+    alpha:float, # Parameter of the Beta distribution, above 0: small for mixtures close to one of the two samples, large for λ near .5
     rng:np.random.Generator, # Random generator
     fold:bool=True, # Replace λ by max(λ, 1-λ)?
 ) -> Tensor: # (n,), float32
@@ -80,11 +80,11 @@ def draw_lam(
 
 # %% ../nbs/00_core.ipynb #42055553
 def draw_weights(
-    n:int, # How many
+    n:int, # Number of mixtures
     alpha:float, # Parameter of the Dirichlet distribution, above 0: small for mixtures close to one of the samples
-    k:int, # Samples in each mixture
+    k:int, # Number of samples in each mixture
     rng:np.random.Generator, # Random generator
-    fold:bool=True, # Largest weight first?
+    fold:bool=True, # Sort each row, largest weight first?
 ) -> Tensor: # (n, k), float32: each row sums to 1
     "Draw the weights of `k` samples from a symmetric Dirichlet distribution"
     weights = rng.dirichlet([alpha]*k, n)
@@ -94,9 +94,9 @@ def draw_weights(
 def draw_partners(
     bs:int, # Batch size
     rng:np.random.Generator, # Random generator
-    n_extra:int=0, # Samples that follow the batch and serve as partners only; where there are any, they are the partners
+    n_extra:int=0, # Number of samples after the batch that serve as partners only; if there are any, all partners come from them
 ) -> Tensor: # (bs,), int64: the position of each sample's partner
-    "Draw a permutation of the batch, or of what follows it: no sample is a partner twice before all have been once"
+    "Draw a permutation of the batch, or of the samples after it, repeated if they are fewer than the batch"
     if not n_extra: return torch.from_numpy(rng.permutation(bs))
     return torch.from_numpy(bs + np.concatenate([rng.permutation(n_extra) for _ in range(-(-bs//n_extra))])[:bs])
 
@@ -112,16 +112,16 @@ def unsqueeze_as(
 def without_partners(
     x:Tensor, # (n, ...) The samples, and any after them that are partners only
     pairs:Tensor, # (bs, k), int64: the positions of each sample and of its partners
-    in_order:bool=True, # Are the first of `pairs` the positions 0 to bs-1, in order?
-) -> Tensor: # (bs, ...): `x` itself, or a view of it, if it can be
-    "The samples themselves, in the order of `pairs`"
+    in_order:bool=True, # Does the first column of `pairs` hold 0 to bs-1, in order?
+) -> Tensor: # (bs, ...): `x` itself or a view of it, where possible
+    "The samples without their partners, in the order of `pairs`"
     if not in_order: return x[pairs[:,0]]
     return x if len(x)==len(pairs) else x[:len(pairs)]
 
 # %% ../nbs/00_core.ipynb #2cf1d057
 def as_plain(
-    x:Tensor, # Of any class
-) -> Tensor: # The same memory
+    x:Tensor, # Tensor of any class
+) -> Tensor: # A plain tensor, which shares its memory
     "`x` without its subclass"
     return x if type(x) is Tensor else x.as_subclass(Tensor)
 
@@ -129,7 +129,7 @@ def as_plain(
 def is_numeric(
     x:Tensor, # (bs, ...)
 ) -> bool:
-    "Are the values of `x` numbers, which can be averaged, rather than categories? So are floats, and bytes of shape (bs, height, width) or longer"
+    "Does `x` hold numbers, which can be averaged? True for floats, complex numbers, and `uint8` of three or more dimensions"
     return x.is_floating_point() or x.is_complex() or x.dtype==torch.uint8 and x.ndim>2
 
 # %% ../nbs/00_core.ipynb #ede2b620
@@ -144,7 +144,7 @@ def _is_record(o): return isinstance(o, SimpleNamespace) or is_dataclass(o) and 
 
 def tensors_in(
     o, # A tensor, or a nest of tuples, lists, mappings, data classes and namespaces
-) -> list: # What is in it, in order; anything that is not a tensor too
+) -> list: # All leaves in order, including those that are not tensors
     "Flatten a nest"
     if isinstance(o, Mapping): o = o.values()
     elif _is_record(o): o = vars(o).values()
@@ -156,22 +156,22 @@ def tensors_in(
 # %% ../nbs/00_core.ipynb #c3dffa18
 def mapping_like(
     o, # A mapping
-    items:dict, # With the same keys
+    items:dict, # New values, with the same keys
 ): # Of the class of `o`, with its attributes
     "`items`, as a mapping like `o`; a `TypeError` where a copy of `o` shares its values"
     if type(o) is dict: return items
     res,old = copy(o),{**o}
     attrs = getattr(res, '__dict__', {})
-    attrs.update({k: copy(v) for k,v in attrs.items() if isinstance(v, dict)})   # where it keeps its values
+    attrs.update({k: copy(v) for k,v in attrs.items() if isinstance(v, dict)})   # some mappings keep their values in an attribute
     for k,v in items.items():
         res[k] = v
         if k in attrs and attrs[k] is old[k]: attrs[k] = v
-        if o[k] is not old[k]: raise TypeError(f'A {type(o).__name__} cannot be copied by copy.copy, which a mixed batch needs: use a dict')
+        if o[k] is not old[k]: raise TypeError(f'A {type(o).__name__} cannot be copied by copy.copy, as mixing requires: use a dict')
     return res
 
 def sequence_like(
     o, # A tuple, named or not, or a list
-    items:list, # As many
+    items:list, # New elements, as many as in `o`
 ): # Of the class of `o`
     "`items`, as a tuple or list like `o`"
     return type(o)(*items) if hasattr(o, '_fields') else type(o)(items)
@@ -183,7 +183,7 @@ def _map_record(f, o):
     return res
 
 def map_tensors(
-    f:callable, # Of a tensor
+    f:callable, # Function of a tensor
     o, # A tensor, or a nest of tuples, lists and mappings
 ): # The same nest, with the result of `f` in place of each tensor
     "Apply `f` to each tensor in a nest"

@@ -1,4 +1,4 @@
-"""The life-cycle: mixed batches in training, the learner's own loss everywhere else
+"""How a mixer works in a fit: it mixes training batches, and leaves the learner's own loss everywhere else
 
 Docs: https://fastmix.github.io/fastmix/handler.html.md"""
 
@@ -26,21 +26,21 @@ __all__ = ['unmixed_loss', 'MixHandler', 'check_mixer', 'find_mixer']
 
 # %% ../nbs/09_handler.ipynb #0a510bad
 def unmixed_loss(
-    loss_func, # A learner's
-): # Its own, without the loss of a batch
-    "What a learner's loss is between batches"
+    loss_func, # Loss of a learner, at any time
+): # The learner's own loss
+    "The loss that a learner has between batches"
     while isinstance(loss_func, MixLoss) and loss_func.plan is not None: loss_func = loss_func.loss_func
     return loss_func
 
 # %% ../nbs/09_handler.ipynb #56dd3ec1
 class MixHandler(Mixer, Callback):
-    "Base class of the mixers: it mixes training batches, and their loss; validation, prediction and export see the learner's own loss"
+    "Base class of the mixers: it mixes training batches and their loss; validation, prediction and export use the learner's own loss"
     order,run_valid = 9.5,False   # between fastai's CastToTensor, 9, and MixedPrecision, 10: the model and the loss get the tensors that this leaves
     record,schedules,_transient = None,None,('record','schedules','ahead')
     @delegates(Mixer)
     def __init__(self,
         *args,
-        y_int:bool=None, # Mix the losses (True) or the targets (False)? Else as the loss and the target's type say
+        y_int:bool=None, # Mix the losses (True) or the targets (False)? By default, the loss and the target's type decide
         soft:bool=False, # Pass the loss probabilities, one-hot and mixed, instead of mixing losses?
         **kwargs # For `Mixer`
     ):
@@ -50,7 +50,7 @@ class MixHandler(Mixer, Callback):
         self.y_int,self.soft,self.warned = y_int,soft,False
 
     def before_fit(self):
-        "Put back what an exception has left behind; refuse what cannot be trained; begin a new random generator"
+        "Clean up after an exception, refuse what cannot be trained, and start a new random generator"
         self.learn.loss_func = unmixed_loss(self.learn.loss_func)
         if self.record: self.record.inputs.close()
         _check_learner(self)
@@ -77,12 +77,12 @@ class MixHandler(Mixer, Callback):
     after_cancel_train = after_cancel_epoch = after_cancel_fit = stop
 
     def after_train(self):
-        "The same, unless a callback validates in the middle of a batch, which then goes on"
+        "As `stop`, unless a callback validates in the middle of a batch, which then goes on"
         if self.record is None or self.record.closed: self.stop()
     after_epoch = after_train
 
     def after_fit(self):
-        "The same, and pass scheduled values to the recorder, for `plot_sched`"
+        "As `after_train`, and pass scheduled values to the recorder, for `plot_sched`"
         self.after_train()
         if self.schedules: self.schedules.end()
 
@@ -123,9 +123,9 @@ def after_loss(self:MixHandler):
     if not len(self.learn.yb) or record and (record.plan.k==1 or is_its_own and record.was_mixed()): return
     if record is None and type(self).before_batch is MixHandler.before_batch: return   # added in the middle of this batch
     self.restore()
-    raise RuntimeError(f'{self!r} is to mix this batch, but its loss was not mixed: after `before_batch` something has replaced the loss or the targets, '
+    raise RuntimeError(f'{self!r} was to mix this batch, but its loss was not mixed: after `before_batch` something has replaced the loss or the targets, '
         'a callback has validated or predicted in the middle of it, or a subclass has not called super().before_batch(). '
-        'Have a callback that changes targets do so earlier, at an `order` below 9.5, and one that validates later, in after_batch')
+        'Change targets earlier, at an `order` below 9.5, and validate or predict later, in after_batch')
 
 @patch
 def after_backward(self:MixHandler):
@@ -133,33 +133,33 @@ def after_backward(self:MixHandler):
     mixed,trained = self.record and self.record.loss.results,self.learn.loss_grad
     if not mixed or trained is mixed[-1] or trained.grad_fn is None or depends_on(trained, mixed): return
     self.restore()
-    raise RuntimeError(f'{self!r} has mixed the loss of this batch, but after `after_loss` another one is trained, which knows the labels of one part only: '
-        'have the callback call learn.loss_func(pred, *learn.yb), or add to learn.loss_grad, without the labels, instead of replacing it. Where no labels are to count, as in distillation, make it the learner\'s loss_func, and mix with y_int=False')
+    raise RuntimeError(f'{self!r} has mixed the loss of this batch, but after `after_loss` another one is trained, on the labels of one part only: '
+        'have the callback call learn.loss_func(pred, *learn.yb), or add to learn.loss_grad, without the labels, instead of replacing it. If it needs no labels, as in distillation, make it the learner\'s loss_func, and pass y_int=False to the mixer')
 
 # %% ../nbs/09_handler.ipynb #d898bc56
 @patch
 def __setattr__(self:MixHandler, name, value):
     if name=='learn': _change_learner(self, value)
     set_in = object if name in self._transient else Mixer
-    set_in.__setattr__(self, name, value)   # without fastai's look for an attribute of this name on the learner
+    set_in.__setattr__(self, name, value)   # without fastai's search for an attribute of this name on the learner
 
 @patch
 def __getstate__(self:MixHandler): return {k:v for k,v in Mixer.__getstate__(self).items() if k not in self._transient}
 
 # %% ../nbs/09_handler.ipynb #9fd54a8e
 def _change_learner(mixer, learn):
-    "Leave the present learner with its own loss. A second time on the same one is a `ValueError`; on another, a warning"
+    "Leave the present learner with its own loss. Adding the mixer to it again is a `ValueError`; to another learner, a warning"
     old = mixer.learn
     if old is not None:
-        if learn is old: raise ValueError(f'This {mixer!r} is on the learner already, so it need not be added again')
+        if learn is old: raise ValueError(f'This {mixer!r} is on the learner already: do not add it again')
         if mixer.record and mixer.record.is_open: warn(f'{mixer!r} is removed before the loss of a batch that it has mixed. If the fit goes on, '
-            'this batch trains on the labels of one part: remove it in after_batch, or end mixing with until=')
+            'this batch is trained on the labels of one part: remove the mixer in after_batch, or end mixing with until=')
         mixer.stop()
         if mixer.schedules: mixer.schedules.end()
     if old is not None and learn is not None and mixer in old.cbs:
-        warn(f'{mixer!r} goes to another learner, and the first one no longer mixes: make a mixer for each learner')
+        warn(f'{mixer!r} was added to another learner, so the first one no longer mixes: make a mixer for each learner')
         old.remove_cb(mixer)
-    mixer.run = learn is not None   # one that a callback removes gets no more of the present event
+    mixer.run = learn is not None   # a mixer that a callback removes skips the rest of the present event
 
 # %% ../nbs/09_handler.ipynb #56239618
 @patch
@@ -167,7 +167,7 @@ def mix_batch(self:MixHandler,
     xb:tuple, # Inputs: tensors (bs, ...), or nests of them
     yb:tuple, # Targets, each (bs, ...)
     loss_func, # Loss, as a fastai `Learner` takes it
-    model:nn.Module=None, # That looks up integers, or whose layers mix
+    model:nn.Module=None, # Model that looks up integers, or in whose layers mixing takes place
     pct:float=0., # Fraction of the training that is done, 0 to 1
     in_order:bool=False, # Must row i stay sample i, since something else of the batch is not mixed?
 ) -> MixedBatch:
@@ -181,7 +181,7 @@ def draw_batch(self:MixHandler,
     xs:tuple, # Inputs, each (bs, ...)
     ys:tuple, # Targets, each (bs, ...)
     loss_func=None, # Loss, as a fastai `Learner` takes it
-    model:nn.Module=None, # That looks up integers
+    model:nn.Module=None, # Model that looks up integers
     pct:float=0., # Fraction of the training that is done, 0 to 1
     in_order:bool=False, # Must row i stay sample i, since something else of the batch is not mixed?
 ) -> tuple: # Plan for the inputs, plan for the targets; inputs and targets, each (n, ...), with those of samples that are partners only
@@ -192,7 +192,7 @@ def draw_batch(self:MixHandler,
     plan = self.draw(xs, self.numbers(loss_func, ys) if callable(self.partners) else ys, pct=pct, per_batch=self.needs_one_lam(loss_func, ys), bs=bs)
     plan = self.adapt_plan(plan, xs, model, in_order)
     if {*map(len, ys)} <= {len(xs[0])}: return plan,plan,xs,ys
-    if not self.fold: raise ValueError('Partners without targets leave each sample its own, which must then have the larger weight: mix with fold=True')
+    if not self.fold: raise ValueError('If partners have no targets, a sample keeps its own, which must have the larger weight: pass fold=True to the mixer')
     return plan,plan.without_partner_targets(ys),xs,ys
 
 # %% ../nbs/09_handler.ipynb #65696aeb
@@ -200,20 +200,20 @@ def draw_batch(self:MixHandler,
 def mix_inputs(self:MixHandler,
     plan:Plan, # How the batch is mixed
     xs:tuple, # Inputs, each (n, ...)
-    model:nn.Module=None, # That looks up integers
+    model:nn.Module=None, # Model that looks up integers
     ys:tuple=(), # Targets, each (n, ...)
 ) -> MixedInputs:
-    "What a subclass overrides that mixes elsewhere than in front of the model"
+    "Mix the inputs before the model; a subclass that mixes elsewhere overrides this"
     return MixedInputs(plan, xs, model, ys)
 
 @patch
 def adapt_plan(self:MixHandler,
     plan:Plan, # How the batch is mixed
     xs:tuple, # Inputs, each (n, ...)
-    model:nn.Module=None, # That looks up integers
+    model:nn.Module=None, # Model that looks up integers
     in_order:bool=False, # Must row i stay sample i?
 ) -> Plan: # For the same mixtures
-    "Put texts with little padding before those with much"
+    "Sort texts by padding, least first"
     return plan if in_order else sort_by_padding(plan, xs, model)
 
 # %% ../nbs/09_handler.ipynb #957f9fb8
@@ -243,33 +243,33 @@ def numbers(self:MixHandler,
 
 # %% ../nbs/09_handler.ipynb #fe76afd3
 def _check_single_mixer(learn):
-    "A `ValueError` if there is a second one"
+    "A `ValueError` if the learner has a second mixer"
     mixers = []
     for cb in learn.cbs:
         if isinstance(cb, (MixHandler,fastai_mixup.MixHandler)): mixers.append(cb)
     if len(mixers)>1: raise ValueError(
-        f'{" and ".join(f"{cb!r} of {type(cb).__module__}" for cb in mixers)} would mix what the other has mixed: combine them, '
+        f'{" and ".join(f"{cb!r} of {type(cb).__module__}" for cb in mixers)} would each mix what the other has mixed: combine them, '
         'as in cbs=OneOf(MixUp(.4), CutMix(1.)), or remove one with learn.remove_cb')
 
 def _check_learner(mixer):
-    "An error where its learner, or a class written for fastai's own mixers, would train something else than it says"
+    "An error for a GANLearner, or a class written for fastai's own mixers, where training would not do what it says"
     if hasattr(mixer.learn, 'gan_trainer'): raise ValueError(
         f'{mixer!r} would mix noise and images of a GANLearner: use GANMixUp, which mixes the inputs of its critic')
-    for name,instead in dict(lf='MixLoss mixes any loss of the learner', distrib='pass alpha, or override make_plan').items():
+    for name,instead in dict(lf='remove it, MixLoss mixes any loss', distrib='pass alpha, or override make_plan').items():
         if name in vars(mixer) or hasattr(type(mixer), name): raise TypeError(
-            f"{type(mixer).__name__} has {name!r}, as a subclass of fastai's own mixers, which those of fastmix do not use: {instead}")
+            f"{type(mixer).__name__} has {name!r}, as subclasses of fastai's own mixers do, but fastmix does not use it: {instead}")
 
 # %% ../nbs/09_handler.ipynb #80d012fc
 def check_mixer(
-    mixer, # What has been passed as one
-    write:str, # How to write it
+    mixer, # Argument to check
+    write:str, # Example of how to write it
 ) -> MixHandler:
     "`mixer`, or a `TypeError` that says how to write it"
     if isinstance(mixer, MixHandler): return mixer
     raise TypeError(f'mixer must be one of fastmix, imported after fastai, as in {write}, but it is {mixer!r} of {type(mixer).__module__}')
 
 def find_mixer(
-    learn:Learner, # With a mixer
+    learn:Learner, # Learner with a mixer
 ) -> MixHandler:
     "The mixer of `learn`, or a `ValueError` that says how to add one"
     mixer = first(cb for cb in learn.cbs if isinstance(cb, MixHandler))

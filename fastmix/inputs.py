@@ -25,17 +25,17 @@ class Mixtures(NamedTuple):
     "What n integers stand for"
     parts:Tensor # (k, n) The integers of the sample, and of each partner
     weights:Tensor # (k, n) Weight of each part
-    valid:Tensor # (k, n) Where a part has a weight and is no padding, bool
-    labels:tuple=() # Each (bs,): classes that the batch is trained on, which must not be among its inputs
-    uses:set=frozenset() # What the model has made of padding: 'mask', and a 'text' that it looks up
+    valid:Tensor # (k, n) Where a part has a weight and is not padding, bool
+    labels:tuple=() # Labels of the batch, each (bs,), which must not be among its inputs
+    uses:set=frozenset() # How the model has used padding: for a 'mask', in a 'text' that it looks up
 
 # %% ../nbs/08_inputs.ipynb #be0ec4e2
 class Lookups(Tensor):
-    "Integers that stand for mixtures: what a model looks up by them is looked up for each part, and mixed by the weights"
+    "Integers that stand for mixtures: what a model looks up with them is looked up for each part, and mixed by the weights"
     def __new__(cls, plain, *_): return Tensor._make_wrapper_subclass(cls, plain.shape, dtype=plain.dtype, device=plain.device)
     def __init__(self,
-        plain:Tensor, # Integers, as which they are compared with padding
-        at:Tensor, # Their columns in `mixtures`, int64, of `plain`'s shape
+        plain:Tensor, # Integers to compare with padding
+        at:Tensor, # Their columns in `mixtures`, int64, in the shape of `plain`
         mixtures:Mixtures, # What they stand for
     ): self.plain,self.at,self.mixtures = plain,at,mixtures
 
@@ -62,7 +62,7 @@ def _name(f):
 # %% ../nbs/08_inputs.ipynb #b5f14cba
 def _refusal(f, why='cannot be followed'):
     return TypeError(f'Integers of this batch are mixed where the model looks them up, but {_name(f)} {why}: '
-        'look them up in an nn.Embedding as they come, column by column, or with a number added; or mix behind a layer, with ManifoldMixUp(layers=...). If they are numbers, pass floats')
+        'look them up in an nn.Embedding as they are, column by column, or with a number added; or mix behind a layer, with ManifoldMixUp(layers=...). If they are numbers, neither a mask nor lengths, pass floats')
 
 # %% ../nbs/08_inputs.ipynb #66ecb6d1
 def _operator(name):
@@ -83,7 +83,7 @@ def _follow(f, args, kwargs):
         a,k = map_tensors(lambda o: values(o) if isinstance(o, Lookups) else o, (args,kwargs))
         return f(*a, **k)
     if kwargs.get('out') is not None: raise _refusal(f)
-    if [*map(id, xs)]==[*map(id, first)]:   # `f` is of `Lookups`, and of no other tensors
+    if [*map(id, xs)]==[*map(id, first)]:   # `f` is called with `Lookups`, and with no other tensors
         if name in _moves: return _move(f, xs, run(), run(lambda o: o.at))
         if name in _facts or name.startswith('new_') or name.endswith('_like'): return run()
         if _is_attribute(f) and not isinstance(res := run(), Tensor): return res
@@ -100,13 +100,13 @@ def _move(f, xs, res, at):
 
 # %% ../nbs/08_inputs.ipynb #b83fbd88
 def _compute(f, args, x, run):
-    "What `run` makes of each part: integers, truth values, or what is looked up, mixed"
+    "The results of `run` for each part: integers, truth values, or values that are looked up, mixed"
     parts,weights,valid = (o[:,x.at] for o in x.mixtures[:3])
     found = [run(lambda _: o) for o in parts]
     res = found[0]
-    if not isinstance(res, Tensor) or any(o.shape!=res.shape for o in found): raise _refusal(f, 'has no result for each of them')
+    if not isinstance(res, Tensor) or any(o.shape!=res.shape for o in found): raise _refusal(f, 'does not return a result for each of them')
     if _name(f) in _lookups and (res.is_floating_point() or _name(f)=='one_hot'): return _mix(f, args, x, found, weights)
-    if res.shape!=x.shape or res.is_floating_point(): raise _refusal(f, f'makes {res.dtype} of shape {tuple(res.shape)} of them')
+    if res.shape!=x.shape or res.is_floating_point(): raise _refusal(f, f'turns them into {res.dtype} of shape {tuple(res.shape)}')
     if res.dtype==torch.bool: return _compare(f, x.mixtures.uses, run(), found, weights, valid)
     at = torch.arange(x.numel(), device=x.device).view(x.shape)
     return Lookups(run(), at, Mixtures(torch.stack(found).flatten(1), weights.flatten(1), valid.flatten(1), *x.mixtures[3:]))
@@ -117,7 +117,7 @@ def _compare(f, uses, res, found, weights, valid):
     if differs.any(): uses.add('mask')
     return res
 
-_apart = 'tells the parts of a mixture apart. To mark padding, give its embedding a padding_idx. For the rest'
+_apart = 'tells the parts of a mixture apart. To mark padding, pass padding_idx to its embedding. For all else'
 
 # %% ../nbs/08_inputs.ipynb #8816f237
 class OneHot(Tensor):
@@ -125,18 +125,18 @@ class OneHot(Tensor):
     @classmethod
     def __torch_function__(cls, f, types, args=(), kwargs=None):
         with torch._C.DisableTorchFunctionSubclass(): res = f(*args, **(kwargs or {}))
-        if isinstance(res, Tensor) and not res.is_floating_point(): raise _refusal(f, f'makes {res.dtype} of one-hot mixtures')
+        if isinstance(res, Tensor) and not res.is_floating_point(): raise _refusal(f, f'turns one-hot mixtures into {res.dtype}')
         return map_tensors(lambda o: o.as_subclass(OneHot if _name(f) in _moves else Tensor), res) if isinstance(res, (Tensor,tuple,list)) else res
 
 for _o in _comparisons: setattr(OneHot, f'__{_o}__', _operator(f'__{_o}__'))
 
 def _check_no_label(x):
-    "An error if `x`, or a column of it, holds the labels of the batch"
+    "A `ValueError` if `x`, or a column of it, holds the labels of the batch"
     for y in x.mixtures.labels:
         own = x.mixtures.parts[0][x.at]
         same = own.shape[:1]==y.shape and len(y)>3 and (own.view(len(y), -1)==y[:,None]).all(0).any()
-        if same and (y!=y[0]).any(): raise ValueError('The model makes its labels, which are among its inputs, one-hot, as for a margin, and a margin of a mixture is none: '
-            'have the loss add the margin, to predictions, or mix behind a layer, with ManifoldMixUp(layers=...)')
+        if same and (y!=y[0]).any(): raise ValueError('The model makes its labels, which are among its inputs, one-hot, as for a margin, but a mixture of margins is not a margin: '
+            'have the loss add the margin to the predictions, or mix behind a layer, with ManifoldMixUp(layers=...)')
 
 # %% ../nbs/08_inputs.ipynb #72c693b6
 def _mix(f, args, x, found, weights):
@@ -155,26 +155,26 @@ def _mix(f, args, x, found, weights):
 def is_compiled(m:nn.Module): return isinstance(m, OptimizedModule) or m._compiled_call_impl is not None   # by torch.compile(m), by m.compile()
 
 def _check_followed(model):
-    "A `TypeError` if it does so in a compiled part, where integers cannot be followed"
+    "A `TypeError` if `model` looks integers up in a compiled part, where they cannot be followed"
     for m in model.modules() if model is not None else []:
         if is_compiled(m) and (m is model or any(isinstance(o, (nn.Embedding,nn.EmbeddingBag)) for o in m.modules())): raise TypeError(
-            'Integers of this batch are mixed where the model looks them up, which cannot be followed into a compiled model: '
-            'train the model itself, learn.model = learn.model._orig_mod, or compile only what comes behind its embeddings')
+            'Integers of this batch are mixed where the model looks them up, and they cannot be followed into a compiled model: '
+            'train the uncompiled model, learn.model = learn.model._orig_mod, or compile only the layers behind its embeddings')
 
 # %% ../nbs/08_inputs.ipynb #bb643ae8
 def paddings(
     model:nn.Module, # Any model, or None
 ) -> list: # int
-    "The `padding_idx` of all of its embeddings; a `TypeError` where one is compiled, since integers cannot be followed there"
+    "The `padding_idx` of all embeddings in `model`; a `TypeError` where one is compiled, since integers cannot be followed there"
     _check_followed(model)
     return [] if model is None else sorted({getattr(o, 'padding_idx', None) for o in model.modules()} - {None})
 
 # %% ../nbs/08_inputs.ipynb #ab645561
 def is_padding(
     x:Tensor, # Integers
-    pads:list, # What stands for padding
+    pads:list, # Integers that stand for padding
 ) -> Tensor: # Of the same shape, bool
-    "Where the texts in `x` are padded, in front or behind; nowhere if they are none: one integer each, or padding in between, or nothing else"
+    "Where texts in `x` are padded, in front or behind; nowhere if `x` holds none: one integer each, padding in between, or only padding"
     nowhere = torch.zeros_like(x, dtype=torch.bool)
     if not pads or x.ndim<2 or x.shape[-1]<2: return nowhere
     found = sum((x==o for o in pads), nowhere)
@@ -185,7 +185,7 @@ def is_padding(
 def mix_lookups(
     plan:Plan, # How the batch is mixed
     x:Tensor, # (n, ...) Integers
-    pads:list=(), # What stands for padding among them
+    pads:list=(), # Integers that stand for padding
     ys:tuple=(), # Targets, each (n, ...)
 ) -> Lookups: # (bs, ...)
     "The integers `x`, as mixtures by `plan`, padded where all of their parts are"
@@ -202,9 +202,9 @@ def mix_lookups(
 def sort_by_padding(
     plan:Plan, # How the batch is mixed
     xb:tuple, # Inputs, each (n, ...)
-    model:nn.Module, # That knows what stands for padding in integers
-) -> Plan: # For the same mixtures, in the order of their length; `plan` itself where nothing is padded
-    "Put mixtures with little padding before those with much, as models of texts expect them"
+    model:nn.Module, # Model whose embeddings say what stands for padding
+) -> Plan: # For the same mixtures, longest first; `plan` itself where nothing is padded
+    "Sort mixtures by padding, least first, as models of texts expect them"
     texts = [x for x in xb if is_categorical(x) and plan.is_blended(x)]
     pads = paddings(model) if texts else []
     if not pads: return plan
@@ -217,14 +217,14 @@ class MixedInputs:
     def __init__(self,
         plan:Plan, # How the batch is mixed
         xs:tuple, # Inputs, each (n, ...)
-        model:nn.Module=None, # That looks integers up, and knows what stands for padding among them
+        model:nn.Module=None, # Model that looks integers up, and whose embeddings say what stands for padding
         ys:tuple=(), # Targets, each (n, ...)
     ):
         self.xs = []
         for x in xs: self.xs.append(mix_lookups(plan, x, paddings(model), ys) if is_categorical(x) and plan.is_blended(x) else plan.mix(x))
 
     def check(self):
-        "After the model: an error if it has not mixed what was left to it, or has compared parts that only look padded"
+        "After the model: an error if it has not mixed its inputs as it should, or has compared parts that only look padded"
         for x in self.xs:
             if isinstance(x, Lookups) and x.mixtures.uses=={'mask'}: raise _refusal(Tensor.eq, _apart)
 

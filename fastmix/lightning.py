@@ -127,15 +127,8 @@ def _backwards(module):
     with _shadowed(module, 'manual_backward', note): yield losses
 
 @patch
-def mixed_step(self:Mixing,
-    trainer:pl.Trainer, # Trainer that runs the fit
-    module:pl.LightningModule, # Module with the loss
-    step:callable, # Its own `training_step`
-    batch, # As the loader returns it
-    *args, # For `step`
-    **kwargs
-): # What `step` returns
-    "`step`, with a mixed batch and its loss"
+def mixed_step(self:Mixing, trainer, module, step, batch, *args, **kwargs):
+    "What `step`, the module's own `training_step`, returns for a mixed batch and with its loss"
     if self.record: self.record.close()   # where an optimizer computes a step twice
     owner,name = _find_loss(module, self.loss)
     b,pct = self.keys.take(batch),_fraction_done(trainer) or 0.
@@ -182,6 +175,9 @@ def check(self:Mixing,
         f'have it call {loss}(pred, y), with y itself, no copy or view, or name the loss that it calls, as in Mixing(MixUp(.4), loss="criterion"). '
         'If the loss is a function, a property, or in a list or dict, make it an attribute, as in self.criterion = F.cross_entropy')
     graphs,mixed = [o for o in trained if getattr(o, 'grad_fn', None) is not None],record.loss.results
+    if any(isinstance(o, Tensor) and o.ndim for o in mixed): raise ValueError(
+        f'{loss} returns more than one value, and what training_step makes of them by its targets, such as a weighted mean, is not mixed: '
+        f'have {loss} return one value, as with reduction="mean", and make the mean in there')
     if mixed and graphs and not any(depends_on(o, mixed) for o in graphs): raise RuntimeError(
         f'training_step has called {loss}, but trains another loss, which uses the labels of one part only: have it return what {loss} returns, '
         'or pass the name of the loss that it trains, as in Mixing(MixUp(.4), loss="criterion")')
@@ -202,7 +198,7 @@ def check_other_calls(self:Mixing,
         f'training_step calls {name} more than once, and not always with the targets as they are in the batch: the loss on a part of them was not mixed. '
         f'Compute all of it in one call, as in {name}((pred,other_pred), y), and take the part inside the loss')
     if any(loss.mixed) or not (record.was_mixed() or all(any(_is_made_of(c, y) for c in calls) for y in loss.yb)): warn(
-        f'training_step calls {name} with other targets than those that {self.mixer!r} has mixed. If they are in the batch, say where, as in Mixing(MixUp(.4), y="target")')
+        f'training_step calls {name} with other targets than those that {self.mixer!r} has mixed. If they are in the batch, pass where, as in Mixing(MixUp(.4), y="target"). If training_step makes them of the targets, have the loss do so')
 
 # %% ../nbs/18_lightning.ipynb #a440cd29
 def batch_targets(

@@ -29,7 +29,7 @@ def _for_display(x):
     return x if x.shape[1] in (1,3) else x.mean(1, keepdim=True)
 
 def mix_grids(
-    x:Tensor, # (n, channels, height, width) Unmixed samples; of other than 1 or 3 channels the mean is shown
+    x:Tensor, # (n, channels, height, width) Unmixed samples; if they have other than 1 or 3 channels, the mean is shown
     mixed:Tensor, # (n, channels, height, width) Their mixtures
 ) -> dict: # 'mixed', 'original', 'difference': (3, rows*height, columns*width), float32 from 0 to 1
     "Grids of mixtures, of the samples themselves, and of the absolute difference"
@@ -51,7 +51,7 @@ def _value(y, vocab):
     return vocab[int(y)] if named else y.tolist()
 
 def _captions(record, inputs, dls, max_n, vocab):
-    "For each sample, the targets that are blended, with their weights; of an unmixed batch, all of them"
+    "A caption for each sample: its blended targets with their weights, or all its targets if the batch is unmixed"
     plan,ys = record.target_plan,record.ys
     try: _,targets,blended = decode_mix(dls, plan, inputs, ys, max_n)
     except Exception:
@@ -64,7 +64,7 @@ def _captions(record, inputs, dls, max_n, vocab):
 def _decode(dls, xb, yb): return dls.train.decode((*xb, *yb))[:len(xb)] if hasattr(getattr(dls, 'train', None), 'decode') else xb
 
 def _first_rows(record, max_n):
-    "Two nests as `record.xb`: `max_n` samples before they were mixed, and as the model saw them"
+    "Two nests like `record.xb`: `max_n` samples before they were mixed, and as the model saw them"
     before = [record.plan.unmixed(x) for x in record.xs]
     after = [u if isinstance(x, Lookups) else x for x,u in zip(record.inputs.xs, before)]   # integers are mixed where they are looked up
     return tuple(fill_nest(record.xb, [x[:max_n] for x in xs]) for xs in (before,after))
@@ -72,8 +72,8 @@ def _first_rows(record, max_n):
 # %% ../nbs/16_log.ipynb #a4ab7b6b
 def mix_report(
     record:MixedBatch, # The batch, mixed
-    dls:DataLoaders=None, # How images and targets are decoded; without them they are logged as they are
-    max_n:int=9, # Report so many samples at most
+    dls:DataLoaders=None, # Loaders that decode images and targets; without them, both are logged as they are
+    max_n:int=9, # Maximum number of samples to report
     vocab:list=None, # Names of classes, for targets that are not decoded
 ) -> MixReport: # Its captions, and grids where there are images
     "What the model saw of a batch"
@@ -87,7 +87,7 @@ def mix_report(
 # %% ../nbs/16_log.ipynb #2411fea3
 def write_tensorboard(
     writer, # A `SummaryWriter`
-    step:int, # Batches so far
+    step:int, # Number of batches so far
     report:MixReport, # What to write
 ):
     "Write images, captions as a table, λ as a histogram and numbers as curves"
@@ -96,12 +96,12 @@ def write_tensorboard(
     if report.captions: writer.add_text('mix/targets', '\n'.join(rows), step)
     if report.lam is not None: writer.add_histogram('mix/lam', report.lam, step)
     for name,o in report.values.items(): writer.add_scalar(f'mix/{name}', o, step)
-    if report.captions: writer.flush()   # to be seen at once
+    if report.captions: writer.flush()   # so that it is visible at once
 
 # %% ../nbs/16_log.ipynb #13ac192e
 def write_wandb(
     log:callable, # Function of a dict and `step`, such as `wandb.run.log`
-    step:int, # Of the run
+    step:int, # Step of the run
     report:MixReport, # What to write
 ):
     "Write images with their captions, λ as a histogram and numbers as curves"
@@ -113,22 +113,22 @@ def write_wandb(
 
 # %% ../nbs/16_log.ipynb #b574b58f
 class MixReporter:
-    "Decides what to log of a training, and when, for callbacks of any engine"
+    "Decide what to log of a training, and when, for the callbacks of any engine"
     def __init__(self,
-        every:int=None, # Log images every so many batches; by default once an epoch, of its first batch
-        max_n:int=9, # Show so many samples at most
+        every:int=None, # Number of batches between logged images; by default one batch an epoch, its first
+        max_n:int=9, # Maximum number of samples to show
         vocab:list=None, # Names of classes, for targets that are not decoded
     ):
         if every is not None: check_count('every, the batches from one image to the next,', every)
         self.every,self.max_n,self.vocab,self.lams = every,check_count('max_n', max_n),vocab,[]
 
     def after_batch(self,
-        write:callable, # Of a `MixReport`
+        write:callable, # Function of a `MixReport`
         record:MixedBatch, # The batch, mixed
         values:dict, # Scheduled hyper-parameters, by name
-        n:int, # Batches so far
+        n:int, # Number of batches so far
         first:bool, # Is it the first of an epoch?
-        dls:DataLoaders=None, # How images and targets are decoded
+        dls:DataLoaders=None, # Loaders that decode images and targets
     ):
         "Write scheduled values, and images where they are due"
         plan = record.plan
@@ -137,7 +137,7 @@ class MixReporter:
         if first if self.every is None else n%self.every==0: write(mix_report(record, dls, self.max_n, self.vocab))
 
     def after_epoch(self,
-        write:callable, # Of a `MixReport`
+        write:callable, # Function of a `MixReport`
     ):
         "Write the λ of an epoch"
         if self.lams: write(MixReport(lam=torch.cat(self.lams).float().cpu()))
@@ -151,17 +151,17 @@ def _open_writer(log_dir):
 
 # %% ../nbs/16_log.ipynb #32bfd7c7
 class LogMix(Callback):
-    "Log what the model trains on, to fastai's `TensorBoardCallback` and `WandbCallback` where they are, else to TensorBoard"
+    "Log what the model trains on, through fastai's `TensorBoardCallback` and `WandbCallback` if present, else to TensorBoard"
     order,run_valid,_stateattrs = Recorder.order+2,False,('own','mixer')
     own,on,trained = None,False,False
     def __init__(self,
-        every:int=None, # Log images every so many batches; by default once an epoch, of its first batch
-        max_n:int=9, # Show so many samples at most
-        log_dir:str=None, # Where TensorBoard's files go if no other callback writes any; a new folder under runs/ by default
+        every:int=None, # Number of batches between logged images; by default one batch an epoch, its first
+        max_n:int=9, # Maximum number of samples to show
+        log_dir:str=None, # Folder for TensorBoard's files if no other callback writes any; a new folder under runs/ by default
     ): self.reporter,self.log_dir = MixReporter(every, max_n),log_dir
 
     def before_fit(self):
-        "Close what an interrupted fit has left open"
+        "Close the writer that an interrupted fit has left open"
         self.after_fit()
 
     def before_train(self):
@@ -187,14 +187,14 @@ class LogMix(Callback):
         if self.on: self.reporter.after_epoch(self.write)
 
     def after_fit(self):
-        "Close a writer of its own"
+        "Close the writer, if `LogMix` opened one"
         if self.own: self.own.close()
         self.own = None
 
 # %% ../nbs/16_log.ipynb #8bf2d540
 @patch
 def writers(self:LogMix) -> list: # Functions of a `MixReport`
-    "How to write to what fastai's callbacks write to, or to a writer of its own"
+    "Functions that write to the writers of fastai's callbacks, or to its own writer"
     cbs = [vars(cb) for cb in self.learn.cbs if cb is not self]
     boards = [self.own] if self.own else [o['writer'] for o in cbs if hasattr(o.get('writer'), 'add_image')]
     runs = [] if self.own else [(sys.modules['wandb'].run.log,o['_wandb_step']) for o in cbs if '_wandb_step' in o]
@@ -204,5 +204,5 @@ def writers(self:LogMix) -> list: # Functions of a `MixReport`
 def write(self:LogMix,
     report:MixReport, # What to write
 ):
-    "Write it everywhere"
+    "Write a report to all writers"
     for f in self.writers(): f(report)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+from torch import Tensor
 from torch.utils.data import default_collate, get_worker_info
 
 from .core import *
@@ -53,6 +54,13 @@ def _others(batch, paths):
     taken = {i % len(batch) for i,*_ in map(_keys, paths) if isinstance(i, int)}
     return [i for i in range(len(batch)) if i not in taken]
 
+def _check_others(batch, *paths):
+    "A `ValueError` if a mapping holds tensors besides those at `paths`"
+    taken = {_keys(o)[0] for o in paths}
+    others = [k for k,v in batch.items() if k not in taken and any(isinstance(o, Tensor) for o in tensors_in(v))]
+    if others and taken <= {*batch}: raise ValueError(f'{", ".join(map(repr, others))} of {_describe(batch)} may be inputs or weights: '
+        'pass the keys of all inputs and targets, as in x="img", y="label"')
+
 # %% ../nbs/17_loop.ipynb #cd5cb253
 class BatchKeys:
     "Where the inputs and targets of a batch are"
@@ -66,7 +74,9 @@ class BatchKeys:
     ) -> tuple: # A list of paths to inputs, and one of paths to targets
         "Where inputs and targets are; a `ValueError` if that is unclear"
         x,y = (o if o is None or isinstance(o, list) else [o] for o in (self.x,self.y))
-        if isinstance(batch, Mapping): x,y = x or ['img'],y or ['label']
+        if isinstance(batch, Mapping):
+            if not (x and y): _check_others(batch, *(x or ['img']), *(y or ['label']))
+            x,y = x or ['img'],y or ['label']
         elif isinstance(batch, (tuple,list)) and len(batch)>1:
             if len(batch)>2 and not (x and y): raise ValueError(f'A batch of {len(batch)} may hold an index or weights besides inputs and targets: '
                 'pass the positions of both, as in x=0, y=1, or x=[0,1], y=2')

@@ -28,10 +28,10 @@ __all__ = ['mix_class_loss', 'MultiLoss', 'as_multi', 'losses_of', 'targets_of_p
 
 # %% ../nbs/07_losses.ipynb #a309bc31
 def _fit_classes(y, shape, axis, flattens):
-    "`y` (bs, k, ...) as k classes in `axis`, for each place of the predictions' `shape`"
+    "Rearrange `y` (bs, k, ...) to k classes in `axis`, for each place of the predictions' `shape`"
     if (len(y),*y.shape[2:])==shape[:axis]+shape[axis+1:]: return y.movedim(1, axis)
-    if not flattens: raise ValueError(
-        f'Targets of shape {tuple(y[:,0].shape)} do not fit predictions of shape {tuple(shape)} with the classes in dimension {axis}')
+    if not flattens: raise ValueError(f'Targets of shape {tuple(y[:,0].shape)} do not fit predictions of shape {tuple(shape)} '
+        f'with the classes in dimension {axis}: pass classes of shape {tuple(shape[:axis]+shape[axis+1:])}')
     flat = [*shape]
     flat[axis] = flat[-1]
     return y.movedim(1, 0).transpose(axis+1, -1).reshape(y.shape[1], *flat[:-1]).movedim(0, -1).transpose(axis, -1)
@@ -43,7 +43,7 @@ def mix_class_loss(
     pred:Tensor, # (bs, C, ...) Predictions for the mixed inputs; in a fastai loss, the classes are in its `axis`
     y:Tensor, # (n, ...) Classes, integers
 ) -> Tensor: # Reduced as the loss reduces
-    "The mean of the losses on a sample's targets, each by its weight, from one log-softmax of `pred`"
+    "The weighted mean of the losses on a sample's targets, from one log-softmax of `pred`"
     pred,axis = as_plain(pred),(c.axis or 1) % pred.ndim
     if pred.element_size()<4 and torch.is_autocast_enabled(pred.device.type): pred = pred.float()   # as PyTorch's own
     logp = pred if isinstance(c.func, nn.NLLLoss) or c.func is F.nll_loss else F.log_softmax(pred, axis)
@@ -73,7 +73,7 @@ class MultiLoss(nn.Module):
     "The sum of several losses, each of one prediction on one target"
     def __init__(self,
         *losses, # One for each target, as a fastai `Learner` takes it
-        weights:list=None, # Of the losses in the sum; 1 each by default
+        weights:list=None, # Weight of each loss in the sum; 1 each by default
     ):
         super().__init__()
         weights = [1.]*len(losses) if weights is None else list(weights)
@@ -106,29 +106,29 @@ def _sample_means(f, p, y):
 # %% ../nbs/07_losses.ipynb #e59e0144
 def as_multi(
     loss_func, # Loss, as a fastai `Learner` takes it
-) -> MultiLoss: # None where it is another loss
-    "`loss_func`, if it is a `MultiLoss`, compiled or not; one with a `forward` of its own, or hooks, is a loss of your own"
+) -> MultiLoss: # None for any other loss
+    "`loss_func`, if it is a `MultiLoss`, compiled or not; a subclass, or one with hooks, is a loss of your own"
     f = loss_func._orig_mod if isinstance(loss_func, OptimizedModule) else loss_func
     return f if type(f) is MultiLoss and not (f._forward_hooks or f._forward_pre_hooks) else None
 
 # %% ../nbs/07_losses.ipynb #78318047
 def losses_of(
     loss_func, # Loss, as a fastai `Learner` takes it
-    n:int, # How many targets there are
+    n:int, # Number of targets
 ) -> list: # n losses
     "The loss of each target: its own in a `MultiLoss`, else the one that takes them all"
     multi = as_multi(loss_func)
     if multi is None: return [loss_func]*n
     if n==len(multi.losses): return list(multi.losses)
-    raise ValueError(f'{loss_func} has {len(loss_func.losses)} losses, but there are {n} targets: give each target one')
+    raise ValueError(f'{loss_func} has {len(loss_func.losses)} losses, but there are {n} targets: pass MultiLoss one loss for each target')
 
 # %% ../nbs/07_losses.ipynb #d5025ce9
 def targets_of_parts(
     plan:Plan, # How the batch was mixed
     yb:tuple, # Targets
-    mixed:list, # For which of `yb` the losses are mixed
-) -> list: # k tuples, of the targets (bs, ...) of each sample, then those of each partner
-    "The targets of a batch, once for each sample in a mixture"
+    mixed:list, # For each of `yb`: are its losses mixed?
+) -> list: # k tuples of targets, each (bs, ...): those of the samples, then those of each partner
+    "The targets of a batch, once for each part of a mixture"
     return list(zip(*(plan.gather(y).unbind(1) if m else [y]*plan.pairs.shape[1] for y,m in zip(yb, mixed))))
 
 # %% ../nbs/07_losses.ipynb #1e7438d5
@@ -137,11 +137,11 @@ def mix_losses(
     plan:Plan, # How the batch was mixed
     pred, # Predictions for the mixed inputs
     yb:tuple, # Targets, each (n, ...)
-    mixed:list=None, # For which of `yb` the losses are mixed; all by default. The others are as the loss takes them
-    check:bool=True, # Try whether a loss of your own can be mixed sample by sample?
-    y_int:bool=None, # True: a loss of your own looks at its targets, also where it seems that it does not
+    mixed:list=None, # For each of `yb`: are its losses mixed? All by default. The others go to the loss as they are
+    check:bool=True, # Test whether a loss of your own can be mixed sample by sample?
+    y_int:bool=None, # True: a loss of your own looks at its targets, even where it seems not to
 ) -> Tensor: # Reduced as `loss_func` reduces
-    "The losses on a sample's targets, each by its weight: sample by sample, or reduced where the batch has one λ"
+    "The weighted mean of the losses on a sample's targets: sample by sample, or of reduced losses where the batch has one λ"
     mixed = mixed or [True]*len(yb)
     multi = as_multi(loss_func)
     if multi: return _mix_each(multi, plan, pred, yb, mixed, check, y_int)
@@ -166,8 +166,8 @@ def _mix_each(multi, plan, pred, yb, mixed, check, y_int):
 def soft_targets(
     plan:Plan, # How the batch was mixed
     y:Tensor, # (n, ...) Classes
-    c:int, # How many there are
-    ignore_index:int=-100, # Of this `y`, all probabilities are 0; None of none
+    c:int, # Number of classes
+    ignore_index:int=-100, # Class for which all probabilities are 0; None for no class
 ) -> Tensor: # (bs, c, ...), float32: probabilities
     "One-hot classes, mixed"
     y = plan.gather(as_plain(y).long())
@@ -182,16 +182,16 @@ def soft_loss(
     pred:Tensor, # (bs, c, ...) Predictions for the mixed inputs
     yb:tuple, # Targets: classes (n, ...)
 ) -> Tensor: # Reduced as `loss_func` reduces
-    "The loss on one-hot, mixed targets; a `ValueError` where `loss_func` takes none, or treats them as others than the classes that they stand for"
+    "The loss on one-hot, mixed targets; a `ValueError` where `loss_func` takes none, or treats them differently from classes"
     if class_loss(loss_func): return mix_losses(loss_func, plan, pred, yb)   # linear in its target, so this is the same
-    if len(yb)>1: raise ValueError(f'soft=True is for one target, but {loss_func} takes {len(yb)}: mix its losses, soft=False')
+    if len(yb)>1: raise ValueError(f'soft=True is for one target, but {loss_func} takes {len(yb)}: pass soft=False, which mixes its losses')
     with LossCalls(loss_func, pred) as calls: return _soft_value(calls, plan, yb[0])
 
 def _soft_value(calls, plan, y):
     loss_func,pred,own = calls.loss_func,calls.pred,plan.unmixed(y)
     def loss(y, what):
         try: return calls(loss_func, (y,))
-        except (TypeError,ValueError,RuntimeError,IndexError) as e: raise ValueError(f'{loss_func} does not take {what} as targets: mix its losses, soft=False') from e
+        except (TypeError,ValueError,RuntimeError,IndexError) as e: raise ValueError(f'{loss_func} does not take {what} as targets: pass soft=False, which mixes its losses') from e
     def soft(plan, y): return loss(soft_targets(plan, y.view(-1) if y.numel()==len(y) else y, pred.shape[1], loss_option(loss_func, 'ignore_index')), 'probabilities')
     parts = [(o,) for o in plan.gather(y).unbind(1)]
     us = [loss(o, 'classes, as a validation set has them,') for o, in parts]
@@ -199,7 +199,7 @@ def _soft_value(calls, plan, y):
     with torch.no_grad(): want,got = loss(own, 'classes'),soft(unmixed_plan(len(own)).to(own.device), own)
     if want.shape!=got.shape or not torch.allclose(got, want.to(got.dtype), rtol=1e-3, equal_nan=True): raise ValueError(
         f'{loss_func} returns {want.mean().item():.6g} for classes, but {got.mean().item():.6g} for the same classes as probabilities, '
-        'so training and validation would have different losses: mix its losses, soft=False')
+        'so training and validation would have different losses: pass soft=False, which mixes its losses')
     return soft(plan, y)
 
 # %% ../nbs/07_losses.ipynb #7d8c5118
@@ -207,8 +207,8 @@ class ClassBCELoss(nn.Module):
     "Binary cross-entropy of each class against the rest ([ResNet strikes back](https://arxiv.org/abs/2110.00476), section 2.2)"
     def __init__(self,
         label_smoothing:float=0., # ε: this fraction of each target is spread over all classes
-        thresh:float=None, # Count a class as present if its probability is above this; mix with `soft=True` for it
-        reduction:str='mean', # Over samples and classes
+        thresh:float=None, # Count a class as present if its probability is above this; use a mixer with `soft=True`
+        reduction:str='mean', # 'mean', 'sum' or 'none', over samples and classes
     ):
         super().__init__()
         if not 0<=label_smoothing<1: raise ValueError(f'label_smoothing must be at least 0 and below 1, but it is {label_smoothing!r}')
@@ -231,11 +231,11 @@ class ClassBCELoss(nn.Module):
 
 # %% ../nbs/07_losses.ipynb #892e4d49
 def _check_pairwise(y):
-    "A `ValueError` if `y`, as wide as it is long, holds a value for each pair of samples, as far as can be seen; a warning where it may"
+    "A `ValueError` if `y`, which is square, seems to hold a value for each pair of samples; a warning where it may"
     diagonal = y.diagonal()
-    if len(y)>7 and y.equal(y.T) and (diagonal==diagonal[0]).all() and (y!=y[0,0]).any(): raise ValueError(f'A target of shape {tuple(y.shape)}, the same when rows and columns change places, '
-        'seems to hold a value for each pair of samples, and the pairs of mixtures have none: have the loss compute it of targets that each sample has')
-    if y.is_floating_point() or y.dtype==torch.bool: warn(f'A target of shape {tuple(y.shape)} is taken for {len(y)} values of each sample, not for a value of each pair of samples, which cannot be mixed')
+    if len(y)>7 and y.equal(y.T) and (diagonal==diagonal[0]).all() and (y!=y[0,0]).any(): raise ValueError(f'A symmetric target of shape {tuple(y.shape)} '
+        'seems to hold a value for each pair of samples, and pairs of mixtures have none: compute it in the loss, from targets of samples')
+    if y.is_floating_point() or y.dtype==torch.bool: warn(f'A target of shape {tuple(y.shape)} is treated as {len(y)} values of each sample, not as a value of each pair of samples, which cannot be mixed')
 
 # %% ../nbs/07_losses.ipynb #b4fe2fe9
 def _check_keyword(name, o, pred, bs):
@@ -252,45 +252,45 @@ def _mix_target(loss_func, plan, y):
     if plan.is_blended(y): _check_keyword('weight', loss_option(loss_func, 'weight'), y, len(y))
     if not plan.is_blended(y) or y.is_floating_point() or y.is_complex(): return plan.mix(y)
     if class_loss(loss_func) is None: return plan.mix(y.float())
-    raise ValueError(f'y_int=False would blend classes, of shape {tuple(y.shape)}, as numbers, which {loss_func} does not take: '
-        'leave y_int out, or pass it probabilities by soft=True')
+    raise ValueError(f'y_int=False would blend classes of shape {tuple(y.shape)} as if they were numbers, which {loss_func} does not take: '
+        'leave y_int out, or use soft=True, which passes it probabilities')
 
-def _is_class(y): return False if y.is_floating_point() and y.ndim>1 and y.shape[1]>1 else None if y.is_floating_point() else True   # of floats only (n, c) are probabilities
+def _is_class(y): return False if y.is_floating_point() and y.ndim>1 and y.shape[1]>1 else None if y.is_floating_point() else True   # among floats, only (n, c) are probabilities
 
 def mix_targets(
     loss_func, # Loss, as a fastai `Learner` takes it
     plan:Plan, # How the batch is mixed
-    yb:tuple, # Targets, each (n, ...): those of the batch, and any of samples that are partners only
-    y_int:bool=None, # Mix the losses (True) or the targets (False)? Else as `loss_func` and the target's type say
-    soft:bool=False, # Does `loss_func` get probabilities? Targets that are floats are blended then
-) -> tuple: # Targets, each (n, ...) if its losses are mixed, else mixed, (bs, ...); for which the losses are mixed, a list of bool
+    yb:tuple, # Targets, each (n, ...): those of the batch, and any of samples that are only partners
+    y_int:bool=None, # Mix the losses (True) or the targets (False)? By default, `loss_func` and the target's type decide
+    soft:bool=False, # Pass `loss_func` probabilities? Targets that are floats are then blended
+) -> tuple: # Targets, each (n, ...) if its losses are mixed, else mixed, (bs, ...); for each, whether its losses are mixed, a list of bool
     "Decide for each target whether its losses are mixed, and mix the others"
     for y in yb:
         if y.ndim in (2,3) and y.squeeze().shape==(len(y),len(y)) and len(y)>2: _check_pairwise(y.squeeze())
     losses = losses_of(loss_func, len(yb))
     mixed = [mixes_losses(f, y, _is_class(y) if soft and y_int is None else y_int) for f,y in zip(losses, yb)]
-    if len(yb)>1 and not as_multi(loss_func): mixed = [any(mixed)]*len(yb)   # one loss of them all
+    if len(yb)>1 and not as_multi(loss_func): mixed = [any(mixed)]*len(yb)   # one loss takes them all
     mixed = [m and plan.is_blended(y) for m,y in zip(mixed, yb)]
     return tuple([y if m else _mix_target(f, plan, y) for f,y,m in zip(losses, yb, mixed)]),mixed
 
 # %% ../nbs/07_losses.ipynb #65dcacf9
 class MixLoss(nn.Module):
-    "`loss_func`, mixed for the batch that it was made for, or by `plan=`; in all else `loss_func` itself. It never changes"
+    "`loss_func`, mixed for the batch that it was made for, or by `plan=`; otherwise `loss_func` itself. It never changes"
     _attrs = {'loss_func','inner','plan','targets','mixed','yb','soft','calls','results','training'}
     def __init__(self,
         loss_func, # Loss, as a fastai `Learner` takes it
-        plan:Plan=None, # How the batch that it is made for is mixed; in a loop, pass it with each call instead
+        plan:Plan=None, # Plan of the batch that the loss is made for; in your own loop, pass `plan` with each call instead
         targets:tuple=(), # Targets of that batch, each (n, ...)
-        y_int:bool=None, # Mix the losses (True) or the targets (False)? Else as `loss_func` and the target's type say
+        y_int:bool=None, # Mix the losses (True) or the targets (False)? By default, `loss_func` and the target's type decide
         soft:bool=False, # Pass `loss_func` probabilities, one-hot and mixed, instead of mixing its losses?
-        check:bool=True, # Try whether a loss of your own can be mixed sample by sample?
+        check:bool=True, # Test whether a loss of your own can be mixed sample by sample?
     ):
         super().__init__()
         vars(self).update(plan=plan, soft=soft, calls=[], results=[], _y_int=y_int, _check=check)
-        if plan is None: self.loss_func,self.inner = loss_func,_modules_in(*loss_layers(loss_func)[1:])   # what is in fastai's losses, to move and save it
+        if plan is None: self.loss_func,self.inner = loss_func,_modules_in(*loss_layers(loss_func)[1:])   # modules inside fastai's losses, to move and save them
         else:
             found,mixed = mix_targets(loss_func, plan, targets, y_int, soft)
-            yb = tuple([plan.unmixed(y) if m else y for y,m in zip(found, mixed)])   # to call it with
+            yb = tuple([plan.unmixed(y) if m else y for y,m in zip(found, mixed)])   # targets to call this loss with
             versions = () if [*map(id, yb)]==[*map(id, targets)] else [None if y is o else y._version for y,o in zip(yb, targets)]
             vars(self).update(loss_func=loss_func, targets=found, mixed=mixed, yb=yb, _versions=versions)
 
@@ -299,9 +299,9 @@ class MixLoss(nn.Module):
         return self.plan is not None and [*map(id, yb)]==[*map(id, self.yb)]
 
     def _check_unchanged(self):
-        "An error if a copy among `yb` was written to, since partners would keep the old targets"
+        "A `RuntimeError` if a copy among `yb` was written to, since partners would keep the old targets"
         if any(v is not None and y._version!=v for y,v in zip(self.yb, self._versions)): raise RuntimeError(
-            'The targets of this batch were changed in place after it was mixed, and those of the partners were not: '
+            'The targets of this batch were changed in place after it was mixed, but those of the partners were not: '
             'change them earlier, in the data set or as they come from the loader, or in the loss')
 
     def __repr__(self): return f'MixLoss({self.loss_func})'
@@ -319,14 +319,14 @@ _unsaid = object()
 def forward(self:MixLoss,
     pred=None, # Predictions for the mixed inputs
     *yb, # Targets, each (bs, ...)
-    plan:Plan=_unsaid, # In a loop without a `Learner`: how this batch was mixed; None where it was not, and where nothing is trained
+    plan:Plan=_unsaid, # In a loop without a `Learner`: plan of this batch; None where it was not mixed, or where nothing is trained
     **kwargs # For `loss_func`; `input` and `target` are predictions and targets, as in PyTorch
 ) -> Tensor: # Reduced as `loss_func` reduces
     "The mixed loss for `plan`, or for the targets that this loss was made for, else `loss_func(pred, *yb)`"
     if 'target' in kwargs: yb = *yb,kwargs.pop('target')
     if 'input' in kwargs: pred = kwargs.pop('input')
     loss_func = partial(self.loss_func, **kwargs) if kwargs else self.loss_func
-    if yb and isinstance(yb[-1], Plan): raise TypeError('The plan of a batch is passed to the loss by name: loss(pred, y, plan=plan)')
+    if yb and isinstance(yb[-1], Plan): raise TypeError('Pass the plan of a batch to the loss by name: loss(pred, y, plan=plan)')
     if self.plan is not None: self.calls.append(yb)
     if plan is _unsaid: plan = _remind(pred) if self.plan is None else None
     if plan is not None: targets,mixed = mix_targets(loss_func, plan, yb, self._y_int, self.soft)
@@ -344,4 +344,4 @@ def forward(self:MixLoss,
 def _remind(pred):
     "Warn of predictions that are trained without a plan"
     trains = torch.is_grad_enabled() and not torch.compiler.is_compiling() and any(o.requires_grad for o in tensors_in(pred) if isinstance(o, Tensor))
-    if trains: warn('MixLoss trains without a plan, as if nothing was mixed: pass it the plan of the batch, loss(pred, y, plan=plan), or plan=None where nothing is')
+    if trains: warn('MixLoss trains without a plan, as if nothing was mixed: pass it the plan of the batch, loss(pred, y, plan=plan), or plan=None where nothing is mixed')

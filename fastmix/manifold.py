@@ -23,7 +23,7 @@ from .mixers import *
 from .plan import *
 
 # %% auto #0
-__all__ = ['stages', 'find_layers', 'LayerPlan', 'HiddenLayer', 'ManifoldMixUp']
+__all__ = ['stages', 'LayerPlan', 'HiddenLayer', 'ManifoldMixUp']
 
 # %% ../nbs/11_manifold.ipynb #c61794c2
 def _is_sequence(m): return type(m).forward is nn.Sequential.forward   # and no subclass that does something else
@@ -52,10 +52,7 @@ def stages(
     return [f'{at}.{o}'.strip('.') for o in (names[:-1] if len(names)>1 else _activations(m))]
 
 # %% ../nbs/11_manifold.ipynb #c9d18dc0
-def find_layers(
-    model:nn.Module, # Of any kind
-    layers:list=None, # Names, patterns such as `'0.[456]'`, modules of `model`, or `'input'`; by default the `stages`
-) -> list: # Names, each once
+def _find_layers(model, layers=None):
     "Names of the layers to mix behind, or a `ValueError` that lists those of the model"
     if layers is None and (names := stages(model)): return names
     there,res = {name:m for name,m in model.named_modules() if name},{}
@@ -202,13 +199,13 @@ class ManifoldMixUp(MixUp):
     def before_fit(self):
         "Check that the layers exist, and begin the fit"
         model = get_model(self.learn.model)
-        names = find_layers(getattr(model, '_orig_mod', model), self.layers)
+        names = _find_layers(getattr(model, '_orig_mod', model), self.layers)
         _check_not_compiled(model, names)
         self.checked = {'input'}
         super().before_fit()
 
     def adapt_plan(self, plan, xs, model=None, in_order=False):
-        names = ['input'] if model is None else find_layers(get_model(model), self.layers)
+        names = ['input'] if model is None else _find_layers(get_model(model), self.layers)
         if self.layers is None and all(x.is_floating_point() for x in xs): names = ['input',*names]
         layer = names[int(self.rng.integers(len(names)))]
         return LayerPlan(super().adapt_plan(plan, xs, model, in_order) if layer=='input' else plan, layer)

@@ -110,14 +110,14 @@ class CleanLoss(Metric):
 
     def loss(self, learn, xb, yb):
         "The loss of a batch, after callbacks have changed its predictions"
-        state = LossState(learn.loss_func)
         with _evaluating(learn):
+            state = LossState([learn.loss_func,learn.model], frozen=False)   # a model may carry its hidden state on
+            state.restore()
             learn.xb,learn.yb = xb,yb
             learn.pred = learn.model(*xb)
             learn('after_pred')
-            state.restore()
             res = learn.loss_func(learn.pred, *learn.yb).mean()
-        state.reset()
+            state.reset()
         return res
 
     @property
@@ -140,6 +140,7 @@ def _labelled(loss_func, probs, targs):
 
 def _as_probs(loss_func, pred):
     "Probabilities of classes: from the loss's own `activation`, or from the model as they are, or from a softmax"
+    if not isinstance(pred, Tensor): raise ValueError(f'Calibration is measured for one prediction, a tensor, but this model returns a {type(pred).__name__}')
     probs = getattr(loss_func, 'activation', noop)(pred)
     is_done = probs is not pred or pred.min()>=0 and torch.allclose(pred.sum(1), torch.ones((), dtype=pred.dtype, device=pred.device), atol=1e-3)
     return probs if is_done else F.softmax(pred, 1)

@@ -1,4 +1,4 @@
-"""What holds hyper-parameters, and draws a plan for each batch
+"""Write a mixer: its base class holds the hyper-parameters, and draws a plan for each batch
 
 Docs: https://fastmix.github.io/fastmix/mixer_base.html.md"""
 
@@ -20,7 +20,7 @@ from .partners import check_partners
 from .plan import *
 
 # %% auto #0
-__all__ = ['value_at', 'check_schedule', 'picklable', 'check_partner_source', 'Draw', 'Mixer']
+__all__ = ['value_at', 'check_schedule', 'check_partner_source', 'Draw', 'Mixer']
 
 # %% ../nbs/05_mixer_base.ipynb #b13a5f8e
 def value_at(
@@ -34,11 +34,11 @@ def value_at(
 
 # %% ../nbs/05_mixer_base.ipynb #73a665a5
 def check_schedule(
-    name:str, # Of the argument
+    name:str, # Name of the argument
     value, # A number, or a function of the fraction of the training that is done
-    check:callable, # Returns a good number, and raises for a bad one
+    check:callable, # Returns a valid number, and raises an error for any other
 ): # As `value`
-    "`value`, checked: a function at 101 points"
+    "Return `value` after checking it; a function is checked at 101 points"
     if not callable(value): return check(value)
     for i in range(101):
         v = value_at(value, i/100)
@@ -49,11 +49,9 @@ def check_schedule(
 # %% ../nbs/05_mixer_base.ipynb #51403679
 def _entry(values, pct): return values[round(pct*(len(values)-1))]
 
-def picklable(
-    f, # A number, a schedule, or a list of such
-): # As `f`
-    "`f` if it can be pickled, else a table of its values; so for each function in a list"
-    if isinstance(f, list): return [picklable(o) for o in f]
+def _picklable(f):
+    "`f` if it can be pickled, else a table of its values; a list is converted item by item"
+    if isinstance(f, list): return [_picklable(o) for o in f]
     if not callable(f): return f
     try: pickle.dumps(f)
     except (AttributeError,TypeError,pickle.PicklingError): return partial(_entry, [value_at(f, i/1000) for i in range(1001)])
@@ -61,7 +59,7 @@ def picklable(
 
 # %% ../nbs/05_mixer_base.ipynb #a29b636a
 def check_partner_source(partners):
-    "`partners` if it is a function of (xb, yb, rng), a second loader or None, else a `TypeError`"
+    "Return `partners`, or raise a `TypeError` unless it is a function of (xb, yb, rng), a second loader or None"
     if callable(partners):
         try: inspect.signature(partners).bind('xb', 'yb', 'rng')
         except ValueError: pass   # it has no signature to look at
@@ -73,24 +71,24 @@ def check_partner_source(partners):
 
 # %% ../nbs/05_mixer_base.ipynb #245dd927
 class Draw:
-    "What one plan is drawn from"
+    "All that a plan is drawn from"
     def __init__(self,
         xb:tuple, # Inputs, each (n, ...)
         yb:tuple, # Targets
-        bs:int, # How many samples to mix, the first ones; the rest are partners only
+        bs:int, # Number of samples to mix, the first ones; the rest are partners only
         pct:float, # Fraction of the training that is done, 0 to 1
         rng:np.random.Generator, # Random generator
         partners:callable=None, # Function of (xb, yb, rng): (bs,), the positions of the partners; a shuffle by default
-        per_batch:bool=False, # One λ for the batch, whatever the mixer says?
+        per_batch:bool=False, # One λ for the batch, whatever the mixer's own `per_batch` is?
     ):
         self.xb,self.yb,self.bs,self.pct,self.rng,self.partners,self.per_batch = xb,yb,bs,pct,rng,partners,per_batch
         self.x = max(xb, key=Tensor.dim)   # the input whose regions are cut
         self.n,self.m = len(self.x),1      # how many samples there are, and in how many batches
 
     def times(self,
-        m:int, # How many batches
+        m:int, # Number of batches
     ) -> Draw:
-        "The same for `m` batches in a row, as one in which no sample meets one of another batch"
+        "The same for `m` batches in a row, as one batch whose partners come from each sample's own batch"
         res = copy(self)
         res.bs,res.n,res.m = m*self.bs,m*self.n,m
         return res
@@ -104,12 +102,12 @@ class Draw:
 # %% ../nbs/05_mixer_base.ipynb #e8ab835e
 class Mixer:
     "Base class of all mixers: it holds hyper-parameters and a random generator, and draws a `Plan` for each batch"
-    n_ahead,ahead = 0,None          # samples to draw plans for at once, at most: for this very class only; plans drawn ahead
+    n_ahead,ahead = 0,None          # most samples to draw plans for at once, not inherited; plans drawn ahead
     scheduled,fold = ('p',),False   # which hyper-parameters may be functions; is a sample's own weight the largest of its mixture?
     def __init__(self,
         p:float=1., # Fraction of the samples to mix (of the batches, if `per_batch`), or a function of the fraction of training done
-        until:float=1., # Leave all samples as they are after this fraction of each fit
-        partners=None, # Who meets whom: a function such as `derange`, or a `SecondLoader`; the batch, shuffled, by default
+        until:float=1., # Leave all samples unmixed after this fraction of each fit
+        partners=None, # Source of partners: a function such as `derange`, or a `SecondLoader`; the shuffled batch by default
         per_batch:bool=False, # One λ for the whole batch instead of one per sample?
     ):
         self.p,self.until = check_schedule('p', p, partial(check_fraction, 'p')),check_fraction('until', until)
@@ -118,19 +116,19 @@ class Mixer:
     def make_plan(self,
         d:Draw, # What to draw it from
     ) -> Plan: # On any device
-        "What a subclass defines"
+        "Draw a plan: every subclass must define this"
         raise NotImplementedError(f'{type(self).__name__} must define make_plan(d), which returns a Plan, as ResizeMix does')
 
     @property
     def second_loader(self):
-        "`partners`, if it is a loader and no function"
+        "`partners` if it is a second loader, else None"
         return self.partners if hasattr(self.partners, 'append_partners') else None
 
     def is_on(self, pct): return pct<self.until or self.until==1
     def n_lam(self,
         d:Draw, # What a plan is drawn from
     ) -> int:
-        "How many λ to draw: one for each sample, or one for the batch"
+        "Number of λ to draw: one for each sample, or one for the batch"
         return 1 if d.per_batch or self.per_batch else d.bs
 
     def set_rng(self,
@@ -140,7 +138,7 @@ class Mixer:
         self.rng = rng
 
     def __setattr__(self, name, value):
-        if name!='ahead': vars(self)['ahead'] = None   # what was drawn ahead is of other hyper-parameters
+        if name!='ahead': vars(self)['ahead'] = None   # plans drawn ahead used other hyper-parameters
         object.__setattr__(self, name, value)
 
 # %% ../nbs/05_mixer_base.ipynb #b9f50547
@@ -166,7 +164,7 @@ def make_plan_with_p(self:Mixer,
 
 # %% ../nbs/05_mixer_base.ipynb #d23ce334
 def _pieces(plan, bs):
-    "A plan for several batches, as a plan for each"
+    "Split a plan for several batches into a plan for each"
     n = len(plan.pairs)
     pairs = plan.pairs - (torch.arange(n, device=plan.pairs.device)//bs*bs)[:,None]
     def piece(rows):
@@ -178,7 +176,7 @@ def _pieces(plan, bs):
 def can_draw_ahead(self:Mixer,
     d:Draw, # What to draw a plan from
 ) -> bool:
-    "Are the plans of batches like this one the same whatever the batch holds, and whenever it comes?"
+    "Are plans for batches like this one independent of the content of the batch and of the progress of the training?"
     most = vars(type(self)).get('n_ahead', 0)   # not inherited: plans of a subclass may depend on the batch
     if d.partners or d.n!=d.bs or d.per_batch or self.per_batch or self.until<1 or not 0<2*d.bs<=most: return False
     return not any(map(callable, map(vars(self).get, self.scheduled)))
@@ -187,7 +185,7 @@ def can_draw_ahead(self:Mixer,
 def next_plan(self:Mixer,
     d:Draw, # What to draw it from
 ) -> Plan: # On `x`'s device
-    "A plan that was drawn ahead, where that can be, else a new one"
+    "A plan that was drawn ahead, where possible, else a new one"
     def make(m): return self.make_plan_with_p(d.times(m) if m>1 else d).to(d.x.device)
     if not self.can_draw_ahead(d): return make(1)
     kind = d.x.shape,d.x.device,torch.is_inference_mode_enabled()
@@ -205,13 +203,13 @@ def draw(self:Mixer,
     y:Tensor=(), # (n, ...) The target, or a tuple of targets, for partners that depend on them
     *,
     pct:float=0., # Fraction of the training that is done, 0 to 1, for schedules
-    per_batch:bool=False, # One λ for this batch, whatever the mixer says?
-    bs:int=None, # How many samples to mix, the first ones; all by default. The rest are partners only
+    per_batch:bool=False, # One λ for this batch, whatever the mixer's own `per_batch` is?
+    bs:int=None, # Number of samples to mix, the first ones; all by default. The rest are partners only
 ) -> Plan: # On `x`'s device
     "Draw the plan for one batch"
     xb,yb = x if isinstance(x, (tuple,list)) else (x,),y if isinstance(y, (tuple,list)) else (y,)
     f = self.partners
-    if f and not callable(f) and bs is None: raise ValueError(f'Partners of {f!r} follow the batch: '
+    if f and not callable(f) and bs is None: raise ValueError(f'Partners of {f!r} must be appended to the batch: '
         'call xb,yb = mixer.partners.append_partners(xb, yb) first, and then mixer.draw(xb, yb, bs=...)')
     d = Draw(xb, yb, len(xb[0]) if bs is None else bs, pct, self.rng, f if callable(f) else None, per_batch)
     return self.next_plan(d)
@@ -227,7 +225,7 @@ def hyper_parameters(self:Mixer,
 
 # %% ../nbs/05_mixer_base.ipynb #26c4b219
 @patch
-def __getstate__(self:Mixer): return vars(self) | dict(ahead=None) | {k: picklable(vars(self)[k]) for k in self.scheduled}
+def __getstate__(self:Mixer): return vars(self) | dict(ahead=None) | {k: _picklable(vars(self)[k]) for k in self.scheduled}
 
 # %% ../nbs/05_mixer_base.ipynb #af47abbf
 @patch

@@ -1,4 +1,4 @@
-"""Who meets whom: functions of a batch, and a second loader
+"""Choose the partner of each sample, by a function of the batch or from a second loader
 
 Docs: https://fastmix.github.io/fastmix/partners.html.md"""
 
@@ -29,7 +29,7 @@ def derange(
     yb:tuple, # Targets, each (bs, ...)
     rng:np.random.Generator, # Random generator
 ) -> Tensor: # (bs,), int64: the position of each sample's partner
-    "Partners of which no sample is its own: all of the batch in one circle, each beside the next"
+    "No sample is its own partner: the batch is put in a random circle, and each sample is mixed with its neighbour"
     circle = rng.permutation(len(xb[0]))
     idx = np.empty_like(circle)
     idx[circle] = np.roll(circle, 1)
@@ -37,13 +37,13 @@ def derange(
 
 # %% ../nbs/04_partners.ipynb #b80137de
 def _draw_weighted(weights, rng):
-    "For each row of `weights` a column, drawn as often as they say, or the row's own number where all are zero"
+    "For each row of `weights`, draw a column in proportion to them, or take the row's own number where all are zero"
     until = weights.cumsum(1)
     idx = (until <= rng.random((len(until),1))*until[:,-1:]).sum(1)
     return torch.from_numpy(np.where(until[:,-1]>0, idx, np.arange(len(idx))))
 
 def _classes(yb, name):
-    one = yb and yb[0].ndim and yb[0].numel()==len(yb[0])   # tables have (bs, 1)
+    one = yb and yb[0].ndim and yb[0].numel()==len(yb[0])   # targets of tables are (bs, 1)
     if one and not yb[0].is_floating_point(): return yb[0].numpy(force=True).reshape(-1)
     what = f'of shape {tuple(yb[0].shape)}, {yb[0].dtype}' if yb else 'missing'
     raise ValueError(f'{name} needs one class for each sample, but the target is {what}')
@@ -54,7 +54,7 @@ def same_class(
     yb:tuple, # Targets, the first of them classes (bs,)
     rng:np.random.Generator, # Random generator
 ) -> Tensor: # (bs,), int64: the position of each sample's partner
-    "Partners of a sample's own class, all others of it equally likely"
+    "Partners from the other samples of the same class, all equally likely"
     y = _classes(yb, 'same_class')
     return _draw_weighted((y[:,None]==y)*(1.-np.eye(len(y))), rng)
 
@@ -64,7 +64,7 @@ def other_class(
     yb:tuple, # Targets, the first of them classes (bs,)
     rng:np.random.Generator, # Random generator
 ) -> Tensor: # (bs,), int64: the position of each sample's partner
-    "Partners of another class than a sample's own, all of them equally likely"
+    "Partners from the samples of other classes, all equally likely"
     y = _classes(yb, 'other_class')
     return _draw_weighted((y[:,None]!=y)*1., rng)
 
@@ -74,7 +74,7 @@ def balanced(
     yb:tuple, # Targets, the first of them classes (bs,)
     rng:np.random.Generator, # Random generator
 ) -> Tensor: # (bs,), int64: the position of each sample's partner
-    "Partners of all the batch's classes equally often ([Balanced-MixUp](https://arxiv.org/abs/2109.09850), within a batch)"
+    "Partners from all classes of the batch equally often ([Balanced-MixUp](https://arxiv.org/abs/2109.09850), within a batch)"
     _,kind,counts = np.unique(_classes(yb, 'balanced'), return_inverse=True, return_counts=True)
     return _draw_weighted(np.tile(1/counts[kind], (len(kind),1)), rng)
 
@@ -85,10 +85,10 @@ def near_target(
     rng:np.random.Generator, # Random generator
     bandwidth:float=.5, # σ, in standard deviations of the batch's targets; set another with `partial(near_target, bandwidth=.1)`
 ) -> Tensor: # (bs,), int64: the position of each sample's partner
-    "Partners other than a sample itself, the likelier the nearer in target ([C-Mixup](https://arxiv.org/abs/2210.05775), eq. 6)"
+    "Partners from the other samples, the likelier the nearer their target ([C-Mixup](https://arxiv.org/abs/2210.05775), eq. 6)"
     if not (isinstance(bandwidth, numbers.Real) and bandwidth>0): raise ValueError(f'bandwidth must be above 0, but it is {bandwidth!r}')
     if not yb or not yb[0].is_floating_point(): raise ValueError(
-        'near_target needs numbers as targets, floats unless the loss is one of numbers: for classes use same_class or other_class')
+        'near_target needs numbers as targets: floats, or integers with a regression loss. For classes use same_class or other_class')
     y = yb[0].detach().cpu().double()[...,None].flatten(1)
     d = torch.cdist(y, y).square().fill_diagonal_(math.inf)
     if len(y)>1: d = d - d.min(1, keepdim=True).values   # the nearest keeps a chance however far it is
@@ -97,11 +97,11 @@ def near_target(
 
 # %% ../nbs/04_partners.ipynb #098fc9e7
 def check_partners(
-    idx:Tensor, # What a function of partners has returned
-    bs:int, # Samples to find partners for
-    n:int, # Samples to be partners
+    idx:Tensor, # Result of a partner function
+    bs:int, # Number of samples that need a partner
+    n:int, # Number of samples that can be partners
 ) -> Tensor: # (bs,), int64
-    "`idx` if it holds a position for each sample, else a `ValueError`"
+    "Return `idx`, or raise a `ValueError` unless it holds a valid position for each sample"
     must = f'partners must return a position for each of the {bs} samples'
     try: idx = torch.as_tensor(idx).detach().cpu()
     except (TypeError,ValueError,RuntimeError) as e: raise ValueError(f'{must}, but returned a {type(idx).__name__}') from e
@@ -122,28 +122,28 @@ def _listed(o):
     return [_listed(i) for i in o] if hasattr(o, '__iter__') and not isinstance(o, str) else o
 
 def _vocabs(dl):
-    "What `dl` numbers its values by: a list for each input and target that has a vocab, inputs first"
+    "The vocabs of `dl`: a list for each input and target that has one, inputs first"
     vocab = getattr(dl, 'vocab', None)
     res = [] if vocab is None else _listed(vocab)
     return res if all(isinstance(o, list) for o in res) else [res]
 
 # %% ../nbs/04_partners.ipynb #e96c8e17
 class SecondLoader:
-    "Partners from a loader of their own, which begins again whenever it ends"
+    "Partners from a second loader, which restarts whenever it ends"
     def __init__(self,
-        dl, # A loader of batches like those that are trained on, with or without targets
+        dl, # Loader of batches like those of the training loader, with or without targets
     ): self.dl,self.batches,self.ready = dl,None,noop   # what else an engine does to each batch
 
     def __repr__(self): return f'SecondLoader({type(self.dl).__name__})'
     def __reduce__(self): return SecondLoader,(None,)   # as fastai exports learners: without data
 
     def begin_fit(self,
-        train, # The loader that is trained on
-        rng:np.random.Generator, # Where a new seed comes from
+        train, # Training loader
+        rng:np.random.Generator, # Random generator, for a new seed
     ):
         "Begin a fit; if this loader would shuffle in lock step with `train`, reseed it"
-        if self.dl is train: raise ValueError('SecondLoader needs another loader than the one that is trained on: '
-            'pass it another of the same data, such as dls.train.new()')
+        if self.dl is train: raise ValueError('SecondLoader needs a loader other than the training loader: '
+            'for the same data, pass dls.train.new()')
         for first,second in zip(_vocabs(train), _vocabs(self.dl)):
             if first!=second: raise ValueError(f'The second loader numbers its classes as {str(second)[:80]}, '
                 f'but the first one as {str(first)[:80]}: make both with the same DataBlock, or pass both blocks the same vocab')
@@ -157,7 +157,7 @@ class SecondLoader:
 @patch
 def next(self:SecondLoader) -> tuple:
     "The next batch"
-    if self.dl is None: raise ValueError('This SecondLoader was loaded without its data: pass the mixer a new one before you train')
+    if self.dl is None: raise ValueError('This SecondLoader was loaded without its data: pass the mixer a new one before training')
     for _ in range(2):
         if self.batches is None: self.batches = iter(self.dl)
         for b in map(self.ready, self.batches): return tuple(b) if is_listy(b) else (b,)
@@ -171,7 +171,7 @@ def _check_like(first, second):
     what = f'shape {tuple(second.shape)}, {second.dtype}' if isinstance(second, Tensor) else type(second).__name__
     raise ValueError('The second loader must return what the first one does: tensors of shape '
         f'(n, {", ".join(map(str, first.shape[1:]))}), {first.dtype}, but it returns {what}. '
-        '(Texts, whose batches differ in length, have their partners in their own batch: use a function, such as partners=balanced)')
+        'For texts, whose batches differ in length, take partners from the same batch, such as by partners=balanced')
 
 @patch
 def append_partners(self:SecondLoader,
@@ -188,9 +188,9 @@ def append_partners(self:SecondLoader,
 
 # %% ../nbs/04_partners.ipynb #f00814a1
 def class_weights(
-    dls:DataLoaders, # With one class as target of each item
+    dls:DataLoaders, # Loaders with one class as the target of each item
 ) -> np.ndarray: # (n,), float64, with the sum 1
-    "Weights for the items of the training set by which all classes are equally likely"
+    "Sampling weights of the training items that make all classes equally likely"
     ds,n_inp = dls.train_ds,dls.n_inp
     if hasattr(ds, 'tls'): ys = list(ds.tls[n_inp])   # without reading the inputs
     else: ys = list(ds.ys.iloc[:,0]) if hasattr(ds, 'ys') else [b[n_inp] for b in ds]
@@ -205,11 +205,11 @@ def _draw_idxs(rng, weights): return np.random.default_rng(rng.getrandbits(64)).
 # %% ../nbs/04_partners.ipynb #d5adc1dd
 @patch(cls_method=True)
 def from_dls(cls:SecondLoader,
-    dls:DataLoaders, # Whose training set it is to read
+    dls:DataLoaders, # Loaders whose training set to read
     balanced:bool=False, # Draw all classes equally often?
-    **kwargs # For `TfmdDL.new`, such as `bs`
+    **kwargs # Arguments of `TfmdDL.new`, such as `bs`
 ) -> SecondLoader:
-    "A second loader of the training set of `dls`, in an order of its own"
+    "A second loader of the training set of `dls`, shuffled independently"
     dl = dls.train.new(**kwargs)
     if balanced: dl.get_idxs = partial(_draw_idxs, dl.rng, class_weights(dls))
     return cls(dl)
@@ -219,7 +219,7 @@ def from_dblock(cls:SecondLoader,
     dblock:DataBlock, # How the data is read
     source, # The data
     balanced:bool=False, # Draw all classes equally often?
-    **kwargs # For `DataBlock.dataloaders`, such as `bs`
+    **kwargs # Arguments of `DataBlock.dataloaders`, such as `bs`
 ) -> SecondLoader:
     "A second loader of the training set that `dblock` makes of `source`"
     return cls.from_dls(dblock.dataloaders(source, **kwargs), balanced)

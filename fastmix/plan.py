@@ -1,4 +1,4 @@
-"""How one batch is mixed: who with whom, how much, and where
+"""How one batch is mixed: the partners, the weights and the regions
 
 Docs: https://fastmix.github.io/fastmix/plan.html.md"""
 
@@ -23,13 +23,13 @@ __all__ = ['Plan', 'unmixed_plan', 'JoinedPlan', 'join_plans']
 
 # %% ../nbs/03_plan.ipynb #7eae611a
 class Plan:
-    "How one batch is mixed: `pairs` says who with whom, `weights` how much, `region` where. It is complete when it is made, and never changes"
+    "How one batch is mixed: `pairs` are the samples in each mixture, `weights` their weights, `region` is where to paste. It never changes"
     def __init__(self,
         pairs:Tensor, # (bs, k), int64: the positions of each sample and of its partners; with k = 1 nothing is mixed
-        weights:Tensor, # (bs, k), or (1, k) for the whole batch: of each sample in the mixture, such as λ and 1-λ
-        region=None, # Where to paste, a `Boxes`, `Mask` or `ShrunkBoxes`, instead of blending; k is 2 then
-        n:int=None, # How many samples there are to mix from; bs by default
-        in_order:bool=True, # Are the first of `pairs` the positions 0 to bs-1, in order?
+        weights:Tensor, # (bs, k), or (1, k) for the whole batch: weight of each sample in the mixture, such as λ and 1-λ
+        region=None, # `Boxes`, `Mask` or `ShrunkBoxes`: where to paste instead of blending, with k = 2
+        n:int=None, # Number of samples to mix from; bs by default
+        in_order:bool=True, # Does the first column of `pairs` hold 0 to bs-1, in order?
     ):
         self.pairs,self.weights,self.region,self.in_order = pairs,weights,region,in_order
         self.n,self.k = len(pairs) if n is None else n,pairs.shape[1]   # samples to mix from; samples in each mixture, at most
@@ -37,11 +37,11 @@ class Plan:
     @classmethod
     def of(cls,
         idx:Tensor, # (bs,), int64: the position of each sample's partner
-        lam:Tensor=None, # (bs,), or (1,) for the whole batch: each sample's weight in its own mixture; by default what `region` leaves
-        region=None, # Where to paste
-        n:int=None, # How many samples there are to mix from; bs by default
+        lam:Tensor=None, # (bs,), or (1,) for the whole batch: each sample's own weight; by default the fraction that `region` leaves
+        region=None, # Where to paste instead of blending
+        n:int=None, # Number of samples to mix from; bs by default
     ) -> Plan:
-        "A plan for pairs"
+        "A plan that mixes each sample with one partner"
         lam = region.lam if lam is None else lam
         at = torch.arange(len(idx), device=idx.device)
         return cls(torch.stack([at, idx], 1), torch.stack([lam, 1-lam], 1), region, n)
@@ -53,12 +53,12 @@ class Plan:
 
     @property
     def sample_weights(self) -> Tensor: # (bs, k)
-        "`weights`, a row for each sample, also where the batch has one λ"
+        "`weights`, with a row for each sample even if the batch has one λ"
         return self.weights.expand(self.pairs.shape)
 
     @property
     def idx(self) -> Tensor: # (bs,), int64
-        "The position of each sample's partner, the first of them where there are several"
+        "The position of each sample's partner (the first, if there are several)"
         return self.pairs[:,min(1, self.k-1)]
 
     def __repr__(self):
@@ -71,7 +71,7 @@ def _wrong_length(plan, x): return ValueError(f'A plan for {plan.n} samples cann
 @patch
 def unmixed(self:Plan,
     x:Tensor, # (n, ...)
-) -> Tensor: # (bs, ...): `x` itself, if it can be
+) -> Tensor: # (bs, ...): `x` itself, where possible
     "The samples themselves, without their partners, in the order of the mixtures"
     if len(x)!=self.n: raise _wrong_length(self, x)
     return without_partners(x, self.pairs, self.in_order)
@@ -80,7 +80,7 @@ def unmixed(self:Plan,
 @patch
 def is_blended(self:Plan,
     y:Tensor, # (n, ...) A target, or an input
-) -> bool: # False where `mix` leaves one true value in each place
+) -> bool: # False if each pixel of `mix(y)` comes from one sample
     "Is `y` mixed by weights?"
     return self.k>1 and (self.region is None or not self.region.is_over(y))
 
@@ -108,16 +108,16 @@ def gather(self:Plan,
 @patch
 def without_partner_targets(self:Plan,
     yb:tuple, # Targets, each (bs, ...)
-) -> Plan: # For `yb`: each sample's target, mixed with itself
-    "The plan for targets where partners have none. A `ValueError` where a target must be cut"
+) -> Plan: # Plan for `yb`, which mixes each target with itself
+    "The plan for targets if partners have none; a `ValueError` if a target must be cut"
     if self.k>1 and not all(map(self.is_blended, yb)): raise ValueError(
-        'A mask cannot be cut along with images of partners that have none: blend them (`MixUp`), or use partners with masks')
+        'A mask cannot be cut if the partners have none: blend the batch (`MixUp`), or use partners with masks')
     return Plan(self.pairs[:,:1].expand(self.pairs.shape), self.weights, n=len(self.pairs), in_order=self.in_order)
 
 # %% ../nbs/03_plan.ipynb #f9a19333
 def unmixed_plan(
     bs:int, # Batch size
-    n:int=None, # How many samples there are; `bs` by default
+    n:int=None, # Number of samples; `bs` by default
 ) -> Plan:
     "The plan that leaves every sample as it is"
     return Plan(torch.arange(bs)[:,None], torch.ones(1, 1), n=n)
@@ -125,9 +125,9 @@ def unmixed_plan(
 # %% ../nbs/03_plan.ipynb #1589e556
 @patch
 def exclude(self:Plan,
-    rows:Tensor, # (bs,), bool
+    rows:Tensor, # (bs,), bool: the samples to leave as they are
 ) -> Plan:
-    "The same plan, but for `rows`, which stay as they are"
+    "The same plan, except that `rows` stay as they are"
     at,only = rows[:,None],torch.eye(1, self.k, device=rows.device)
     pairs,weights = torch.where(at, self.pairs[:,:1], self.pairs),torch.where(at, only, self.weights)
     return Plan(pairs, weights, self.region and self.region.empty(rows), self.n, self.in_order)
@@ -135,20 +135,20 @@ def exclude(self:Plan,
 # %% ../nbs/03_plan.ipynb #bdb9714f
 @patch
 def to(self:Plan,
-    device:torch.device, # Where the batch is
+    device:torch.device, # Device of the batch
 ) -> Plan:
     "The same plan on `device`"
     device = torch.device(device)
     if self.pairs.device==device: return self
-    pairs,weights = (o.to(device, non_blocking=device.type!='cpu') for o in (self.pairs,self.weights))   # a CPU would read too early
+    pairs,weights = (o.to(device, non_blocking=device.type!='cpu') for o in (self.pairs,self.weights))   # a CPU would read them too early
     return Plan(pairs, weights, self.region and self.region.to(device), self.n, self.in_order)
 
 # %% ../nbs/03_plan.ipynb #66742536
 @patch
 def take(self:Plan,
-    rows:Tensor, # (m,), int64
-) -> Plan: # For m samples, of the same inputs
-    "The plan for some of its samples"
+    rows:Tensor, # (m,), int64: the mixtures to make, in order
+) -> Plan: # Plan for m mixtures of the same inputs
+    "The plan for some of its mixtures"
     bs = len(self.pairs)
     weights = self.weights[rows] if len(self.weights)==bs else self.weights
     return Plan(self.pairs[rows], weights, self.region and self.region.take(rows, bs), self.n, False)
@@ -159,8 +159,8 @@ def _padded(o, filler, k): return torch.cat([o, filler.expand(len(o), k-o.shape[
 class JoinedPlan(Plan):
     "A `Plan` that mixes some samples by one plan, others by another"
     def __init__(self,
-        parts:list, # (rows, plan): which samples, (m,), int64, and a plan for them, made by `take`
-        in_order:bool=True, # Are the first of `pairs` the positions 0 to bs-1, in order?
+        parts:list, # Pairs (rows, plan): positions in the batch, (m,), int64, and a plan for them, made by `take`
+        in_order:bool=True, # Does the first column of `pairs` hold 0 to bs-1, in order?
     ):
         self.parts,self.in_order,self.n,self.k = parts,in_order,parts[0][1].n,max(o.k for _,o in parts)
         self.pairs = self.join(lambda o: _padded(o.pairs, o.pairs[:,:1], self.k))
@@ -168,13 +168,13 @@ class JoinedPlan(Plan):
 
     @cached_property
     def region(self) -> Mask: # None where all parts blend
-        "All that is pasted. Mixing does not need it"
+        "All pasted regions, as one mask; `mix` does not need it"
         size = next((o.region.size for _,o in self.parts if o.region), None)
         def mask(o): return (o.region.mask if o.region else self.pairs.new_zeros(1, dtype=torch.bool)).expand(len(o.pairs), *size)
         return size and Mask(self.join(mask), size)
 
     def join(self, f, res=None):
-        "The results of `f` for all parts, each in its rows; written into `res`, if there is one"
+        "The results of `f` for all parts, each in its rows; written into `res` if it is passed"
         for rows,o in self.parts:
             part = f(o)
             if res is None: res = part.new_empty(sum(len(r) for r,_ in self.parts), *part.shape[1:])
@@ -203,9 +203,9 @@ class JoinedPlan(Plan):
 # %% ../nbs/03_plan.ipynb #b9784000
 def join_plans(
     plans:dict, # Plans for the whole batch, by number
-    which:Tensor, # (bs,), int64: the number of the plan for each sample; on a CPU, so that nothing waits
-) -> Plan: # The simplest that will do
-    "One plan of several, each for some of the samples"
+    which:Tensor, # (bs,), int64: the number of the plan for each sample; on the CPU, so that nothing blocks
+) -> Plan: # The simplest one possible
+    "Join plans into one, each for some of the samples"
     first,*others = plans.values()
     if not others: return first
     rows = {i: (which==i).nonzero()[:,0].to(first.pairs.device, non_blocking=True) for i in plans}

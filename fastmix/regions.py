@@ -1,4 +1,4 @@
-"""Boxes and masks: where a part of a partner is pasted
+"""Draw boxes and masks, and paste a part of the partner there
 
 Docs: https://fastmix.github.io/fastmix/regions.html.md"""
 
@@ -26,16 +26,16 @@ def check_spatial_dims(n): return n if n is None else check_count('spatial_dims'
 
 def image_size(
     x:Tensor, # (bs, channels, *size), or (bs, ..., *size) if `spatial_dims` is given
-    spatial_dims:int=None, # How many of the last dimensions are places; by default all after the channels
+    spatial_dims:int=None, # Number of spatial dimensions, which come last; by default all after the channels
 ) -> tuple: # d numbers: 1 for signals, 2 for images, 3 for volumes
-    "The size of the images in `x`; a `ValueError` if there is none, or where `x` looks like channels last, or like the frames of a film"
-    shape,where = tuple(x.shape),'say how many of the last dimensions are places, as in CutMix(spatial_dims=2)'
+    "The spatial size of `x`; a `ValueError` if it has none, or if `x` looks like channels last or like the frames of a film"
+    shape,where = tuple(x.shape),'pass the number of spatial dimensions, as in CutMix(spatial_dims=2)'
     if spatial_dims is not None and x.ndim>spatial_dims: return x.shape[-spatial_dims:]
     if spatial_dims is not None or x.ndim<3: raise ValueError(
         f'An input of shape {shape} has no place to cut a box from: use `MixUp`, or pass inputs of shape (batch, channels, *size)')
     last = 4*shape[-1]<=shape[1] if x.ndim==3 else shape[-1]!=shape[-2] and (shape[-1]<=4<shape[1] or shape[-2]==shape[-3])
     if last: raise ValueError(
-        f'An input of shape {shape} seems to have its channels last: pass x.movedim(-1, 1), or, if they are not, {where}')
+        f'An input of shape {shape} seems to have its channels last: pass x.movedim(-1, 1), or, if they are not last, {where}')
     if x.ndim==5 and shape[2]<=4 and shape[1]>=max(2, shape[2]): raise ValueError(f'An input of shape {shape} seems to hold frames of images, (batch, time, channels, height, width): {where}')
     return x.shape[2:]
 
@@ -45,7 +45,7 @@ def draw_boxes(
     size:tuple, # Shape of the image, signal or volume, d numbers
     rng:np.random.Generator, # Random generator
 ) -> Tensor: # (n, 2, d), int64: the first corner, and the one just past the box
-    "Draw boxes with the fraction `1-lam` of the volume, uniform in place, clipped (section 3.1 of [CutMix](https://arxiv.org/abs/1905.04899))"
+    "Draw boxes with the fraction `1-lam` of the volume, centred uniformly, clipped (section 3.1 of [CutMix](https://arxiv.org/abs/1905.04899))"
     size = np.array(size, dtype=float)
     sides = (1-lam.double().numpy())[:,None,None] ** (1/len(size)) * size
     place,nudge = rng.random((2, *sides.shape))
@@ -67,7 +67,7 @@ def box_mask(
 # %% ../nbs/02_regions.ipynb #5a8dc20d
 def paste_mask(
     x:Tensor, # (bs, ..., *size) The samples
-    x1:Tensor, # (bs, ..., *size) What to paste
+    x1:Tensor, # (bs, ..., *size) Their partners, to paste
     mask:Tensor, # (bs, *size), or (1, *size) for the whole batch, bool: where to paste
 ) -> Tensor: # (bs, ..., *size), new memory, of `x`'s class and dtype
     "`x1` inside the mask, and `x` elsewhere"
@@ -75,9 +75,9 @@ def paste_mask(
 
 # %% ../nbs/02_regions.ipynb #15f509df
 class Region:
-    "Where a part of each sample's partner is pasted: base class of the three kinds"
+    "Base class of `Boxes`, `ShrunkBoxes` and `Mask`: where a part of each sample's partner is pasted"
     def __init__(self,
-        where:Tensor, # (bs, ...), or (1, ...) for the whole batch
+        where:Tensor, # (bs, ...), or (1, ...) for the whole batch: the boxes or masks
         size:tuple, # Shape of the image, signal or volume, d numbers
     ): self.where,self.size = where,tuple(size)
 
@@ -96,18 +96,18 @@ class Region:
     def is_over(self,
         y:Tensor, # (bs, ...) An input or a target
     ) -> bool:
-        "Does `y` have a value for each place of the image? A `ValueError` where that is unclear"
+        "Does `y` have a value for each pixel of the image? A `ValueError` if that is unclear"
         dense = y.shape[-len(self.size):]==self.size and y.ndim>len(self.size)
         unclear = dense and y.ndim==2 and y.is_floating_point()   # values along a signal, or as many labels?
         if not unclear and (dense or y.ndim<=2): return dense
         raise ValueError(
             f'Cannot cut a tensor of shape {tuple(y.shape)} along with images of size {self.size}: '
-            'use their size (and a channel dimension, for values along a signal), or blend the batch (`MixUp`) instead of cutting it.')
+            'pass it in their size (with a channel dimension, for values along a signal), or blend the batch (`MixUp`) instead')
 
     def paste(self,
         x:Tensor, # (n, ..., *size) The samples, and any after them that are partners only
         pairs:Tensor, # (bs, 2), int64: the positions of each sample and of its partner
-        in_order:bool=True, # Are the first of `pairs` the positions 0 to bs-1, in order?
+        in_order:bool=True, # Does the first column of `pairs` hold 0 to bs-1, in order?
     ) -> Tensor: # (bs, ..., *size), new memory, of `x`'s class, dtype and memory format
         "Each sample, with the region of its partner pasted into it"
         res = fast_paste(x, pairs, self.places(len(pairs))) if x.is_cpu else None
@@ -120,7 +120,7 @@ class Region:
         res.where = where
         return res
 
-    def to(self, device): return self._at(self.where.to(device, non_blocking=device.type!='cpu'))   # a CPU would read too early
+    def to(self, device): return self._at(self.where.to(device, non_blocking=device.type!='cpu'))   # a CPU would read it too early
     def take(self, rows, bs): return self._at(self.where[rows]) if len(self.where)==bs else self
     def empty(self, rows): return self._at(self.where.masked_fill(unsqueeze_as(rows, self.where), 0))
 
@@ -182,7 +182,7 @@ def draw_inner_boxes(
     size:tuple, # Shape of the image, signal or volume, d numbers
     rng:np.random.Generator, # Random generator
 ) -> Tensor: # (n, 2, d), int64: the first corner, and the one just past the box
-    "Draw boxes that lie within the image, uniform in place"
+    "Draw boxes that lie within the image, at uniform positions"
     place,nudge = rng.random((2, len(scale), len(size)))
     sides = np.floor(scale.double().numpy()[:,None]*size + nudge)
     first = np.floor(place * (np.array(size)-sides+1))
@@ -193,8 +193,8 @@ def shrink_into(
     x:Tensor, # (bs, ..., *size) The samples
     boxes:Tensor, # (bs, 2, d), or (1, 2, d) for the whole batch
     size:tuple, # Shape of the image, d numbers
-) -> Tensor: # (bs, ..., *size): right in the boxes; elsewhere its border goes on
-    "Shrink each sample so that all of it is in its box"
+) -> Tensor: # (bs, ..., *size): the shrunk samples in the boxes, their border values elsewhere
+    "Shrink each sample into its box"
     like = x
     for i,n in enumerate(size, -len(size)):
         first,past = boxes[:,:,i,None].unbind(1)
@@ -204,11 +204,11 @@ def shrink_into(
         def take(o): return x.gather(i, along(o.clamp(0, n-1)).expand(x.shape))
         if not x.is_floating_point(): x = take((at+.5).floor().long())
         else: x = torch.lerp(take(low), take(low+1), along((at-low).clamp(0, 1)).to(x.dtype))
-    return torch.empty_like(like).copy_(x)   # in the memory format that it came in
+    return torch.empty_like(like).copy_(x)   # in the memory format of the input
 
 # %% ../nbs/02_regions.ipynb #88f9b8e8
 class ShrunkBoxes(Boxes):
-    "Boxes, as of `Boxes`, into which the whole partner is shrunk"
+    "`Boxes` into which the whole partner is shrunk"
     def paste(self, x, pairs, in_order=True):
         large = x.is_floating_point() and x.nbytes>=2**16*len(x) and len(self.size)<4
         res = new_memory(x, len(pairs)) if large else None
@@ -231,11 +231,11 @@ def _gaussian(n, sigma, device):
 def spectral_residual(
     x:Tensor, # (bs, channels, *size)
     largest:int=64, # Longest side of the small copy, in pixels
-    sigma:float=2.5, # Of the Gaussian, in pixels of the small copy
+    sigma:float=2.5, # Standard deviation of the Gaussian, in pixels of the small copy
 ) -> Tensor: # (bs, *small), float32: how salient each place is
     "Saliency by the [spectral residual](https://doi.org/10.1109/CVPR.2007.383267), computed on the device of `x`"
     size = x.shape[2:]
-    if len(size)>3: raise ValueError(f'Saliency is defined for up to 3 dimensions of places, but there are {len(size)}, {tuple(size)}')
+    if len(size)>3: raise ValueError(f'Saliency is defined for up to 3 spatial dimensions, but x has {len(size)}, {tuple(size)}')
     small = tuple(max(1, round(n*min(1, largest/max(size)))) for n in size)
     x = getattr(F, f'adaptive_avg_pool{len(size)}d')(as_plain(x.detach()).float().mean(1, keepdim=True), small)[:,0]
     dims = tuple(range(1, x.ndim))
@@ -249,14 +249,14 @@ def spectral_residual(
 # %% ../nbs/02_regions.ipynb #436bdccc
 def highest_points(
     saliency:Tensor, # (n, *size), of any size
-) -> Tensor: # (n, d): between 0 and 1
+) -> Tensor: # (n, d): positions relative to the size, from 0 to 1
     "Where each map is highest"
     at = torch.unravel_index(saliency.flatten(1).argmax(1), saliency.shape[1:])
     return torch.stack([(i+.5)/n for i,n in zip(at, saliency.shape[1:])], 1)
 
 # %% ../nbs/02_regions.ipynb #79e305aa
 def boxes_around(
-    centre:Tensor, # (n, d): between 0 and 1
+    centre:Tensor, # (n, d): positions relative to the size, from 0 to 1
     lam:Tensor, # (n,) Fraction of the volume to keep
     size:tuple, # Shape of the image, d numbers
 ) -> Tensor: # (n, 2, d), int64: the first corner, and the one just past the box

@@ -14,10 +14,10 @@ __all__ = ['ScheduledValue', 'ScheduleRecorder']
 
 # %% ../nbs/08b_schedules.ipynb #8806ffd4
 class ScheduledValue(Metric):
-    "The last of `values`, as a column of the table of results"
+    "The last of `values`, in a column of the table of results"
     def __init__(self,
-        values:list, # Grows with each batch
-        name:str, # Of the column
+        values:list, # Values so far, one per batch
+        name:str, # Name of the column
     ): self.values,self._name = values,name
 
     def reset(self): pass
@@ -30,21 +30,21 @@ class ScheduledValue(Metric):
 class ScheduleRecorder:
     "Scheduled hyper-parameters of a fit: columns of the table of results, and curves in `plot_sched`"
     def __init__(self,
-        learn:Learner, # That begins a fit
-        names:list, # Of the hyper-parameters
+        learn:Learner, # Learner that begins a fit
+        names:list, # Names of the hyper-parameters
     ):
         self.learn,self.hps = learn,{name:[] for name in names}
         self.remove_columns()
         if self.hps and learn.logger is not noop: learn.metrics = [*learn.metrics, *(ScheduledValue(v, name) for name,v in self.hps.items())]
 
     def append(self,
-        values:dict, # By name
+        values:dict, # Values of the hyper-parameters, by name
     ):
         "Append the values of a batch"
         for name,v in values.items(): self.hps.setdefault(name, []).append(v)
 
     def remove_columns(self):
-        "Take the columns out of the learner's metrics"
+        "Remove the columns from the learner's metrics"
         metrics = [m for m in self.learn.metrics if not isinstance(m, ScheduledValue)]
         if len(metrics)<len(self.learn.metrics): self.learn.metrics = metrics
 

@@ -381,7 +381,7 @@ def test_a_second_mixer_in_the_middle_of_a_fit_is_refused(event, first):
     setattr(Adds, event, add)
     own = CrossEntropyLossFlat()
     learn = mk_learn(class_dls(), loss_func=own, cbs=[first(.4), Adds()])
-    with pytest.raises(ValueError, match='would mix what the other has mixed'): quiet_fit(learn)
+    with pytest.raises(ValueError, match='would each mix what the other has mixed'): quiet_fit(learn)
     learn.remove_cb(CutMix)
     with learn.no_logging(): learn.validate()
     if first is MixUp: assert learn.loss_func is own   # fastai's leaves its own behind

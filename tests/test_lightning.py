@@ -456,12 +456,23 @@ def test_a_call_of_the_loss_with_a_part_is_an_error():
     x,y,_ = masks()
     with pytest.raises(RuntimeError, match=r'calls self.loss_func more than once.*as in self.loss_func\(\(pred,other_pred\), y\)'): fit(Deep(as_tuple), MixUp(1.), dl=load(x, y))
 
+class Weighted(Digits):
+    def training_step(self, batch, batch_idx):
+        x,y = self.shape.take(batch)
+        return (self.loss_func(self(x), y)*(1+y)).mean()
+
+def test_a_mean_that_the_step_makes_of_the_losses_of_samples():
+    module = Weighted(loss=nn.CrossEntropyLoss(reduction='none'))
+    before = {k: v.clone() for k,v in module.state_dict().items()}
+    with pytest.raises(ValueError, match='returns more than one value.*reduction="mean"'): fit(module, MixUp(1.))
+    assert all(before[k].equal(v) for k,v in module.state_dict().items())
+
 def test_a_call_of_the_loss_with_other_targets_is_a_warning():
     "Such as domains, or the output of a teacher: they may happen to equal the targets"
     class Two(Dense):
         def step(self, p, y): return self.loss_func(p, y) + .1*self.loss_func(p, torch.zeros_like(y))
     x,y,_ = masks()
-    with pytest.warns(UserWarning, match='with other targets.*say where'): fit(Two(as_tuple), MixUp(1.), dl=load(x, y*0))
+    with pytest.warns(UserWarning, match='with other targets.*pass where'): fit(Two(as_tuple), MixUp(1.), dl=load(x, y*0))
 
 def test_deep_supervision_by_one_loss():
     "The way out that the error names"

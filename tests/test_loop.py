@@ -132,6 +132,12 @@ def test_a_replaced_batch_keeps_its_class(cls):
     assert type(new) is cls and list(new)==list(batch) and new['path'] is batch['path']
     assert new['img'].equal(torch.ones(2)) and not batch['img'].equal(new['img'])
 
+def test_other_tensors_of_a_dict_are_not_left_unmixed():
+    batch = dict(img=torch.rand(2), size=torch.rand(2), label=torch.zeros(2))
+    for keys in {}, dict(x='img'), dict(y='label'):
+        with pytest.raises(ValueError, match="'size' of a dict.*pass the keys of all inputs and targets"): BatchKeys(**keys).take(batch)
+    assert BatchKeys('img', 'label').take(batch)==((batch['img'],),(batch['label'],))
+
 @pytest.mark.parametrize(('keys','x','y'), [({},(0,),(1,)), (dict(y=0),(1,),(0,)), (dict(x=1),(1,),(0,)), (dict(x=[0,1], y=2),(0,1),(2,)), (dict(x=1, y=[0,2]),(1,),(0,2))])
 def test_what_is_not_named_is_what_is_left(keys, x, y):
     batch = torch.rand(len(x+y), 4).unbind()

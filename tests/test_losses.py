@@ -623,7 +623,7 @@ def test_values_of_pairs_of_samples_are_refused():
     same = (y[:,None]==y).float()
     for target in same,same.long(),torch.eye(8):
         with pytest.raises(ValueError, match=r'shape \(8, 8\).* a value for each pair of samples'): MixLoss(F.mse_loss)(torch.rand(8, 8), target, plan=plan)
-    with pytest.warns(UserWarning, match='is taken for 8 values of each sample'): MixLoss(F.mse_loss)(torch.rand(8, 8), torch.rand(8, 8), plan=plan)
+    with pytest.warns(UserWarning, match='is treated as 8 values of each sample'): MixLoss(F.mse_loss)(torch.rand(8, 8), torch.rand(8, 8), plan=plan)
 
 # A plan that is forgotten
 def test_training_without_a_plan_is_warned_of(recwarn):

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models import densenet121, vgg11
 from fastmix import show
 from fastmix.data import digit_images, image_dls
-from fastmix.manifold import ManifoldMixUp, find_layers, _has_way_around, stages
+from fastmix.manifold import ManifoldMixUp, _find_layers, _has_way_around, stages
 from fastmix.mixers import MixUp
 from fastmix.partners import SecondLoader
 from helpers import Record, class_dls, mk_dls, mk_learn, quiet_fit
@@ -131,7 +131,7 @@ def test_stages_of_known_models():
 
 def test_layers_by_name_pattern_and_module():
     model = net()
-    assert find_layers(model, ['input','[13]',model[1],'0'])==['input','1','3','0']
+    assert _find_layers(model, ['input','[13]',model[1],'0'])==['input','1','3','0']
 
 @pytest.mark.parametrize('layers,what', [(['body'], "'body', which is not a layer of the model: its layers are input, 0, 1, 2, 3, 4"), ([nn.ReLU()], 'ReLU'), ([], 'layers must name')])
 def test_unknown_layers_are_named(layers, what):
@@ -306,7 +306,7 @@ class TwoTables(TabularModel):
 def test_a_second_path_is_no_chain(model):
     assert not [o for o in stages(model) if 'layers' in o or not isinstance(model[0] if isinstance(model, nn.Sequential) else model, nn.Linear)]
     if stages(model): return
-    with pytest.raises(ValueError, match='unknown where a .* can be mixed: pass layers'): find_layers(model)
+    with pytest.raises(ValueError, match='unknown where a .* can be mixed: pass layers'): _find_layers(model)
 
 @pytest.mark.parametrize('make', [lambda m: torch.compile(m, backend='eager'), lambda m: m.compile(backend='eager') or m], ids=['torch.compile','in place'])
 def test_compiled_models_are_refused(make):

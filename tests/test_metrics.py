@@ -161,6 +161,27 @@ def test_clean_loss_of_texts():
     learn.model.eval()
     assert got['train_clean_loss']==pytest.approx(F.cross_entropy(learn.model(tokens)[0], y).item(), rel=1e-4)
 
+class Stateful(nn.Module):
+    "Carries its hidden state from batch to batch, and counts its calls"
+    def __init__(self):
+        super().__init__()
+        self.rnn,self.out,self.hidden,self.n = nn.LSTM(3, 8, batch_first=True),nn.Linear(8, 4),None,[0]
+        self.register_buffer('seen', torch.zeros(()))
+    def forward(self, x):
+        res,hidden = self.rnn(x, self.hidden)
+        self.hidden = tuple(o.detach() for o in hidden)
+        self.n[0] += 1
+        self.seen += x.mean().detach()
+        return self.out(res[:,-1])
+
+def test_clean_loss_leaves_the_state_of_a_model():
+    def run(metrics):
+        torch.manual_seed(3)
+        _,_,learn = train(mk_dls([torch.randn(32, 5, 3)], [torch.randint(4, (32,))]), metrics, MixUp(1.), Stateful(), lr=.1)
+        return learn.model
+    a,b = run([]),run([CleanLoss()])
+    assert a.n==b.n and a.seen.equal(b.seen) and all(p.equal(q) for p,q in zip(a.parameters(), b.parameters()))
+
 def test_clean_loss_without_a_mixer():
     got,_,_ = train(class_dls(), [CleanLoss()], None)
     assert got['train_clean_loss']==pytest.approx(got['valid_loss'], rel=1e-5)

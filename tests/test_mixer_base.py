@@ -5,7 +5,7 @@ import numpy as np, pytest, torch
 from fastai.callback.schedule import SchedCos, SchedLin, SchedNo, combine_scheds
 from torch import tensor
 from fastmix.core import check_alpha, draw_lam, private_rng
-from fastmix.mixer_base import Draw, Mixer, check_schedule, picklable, value_at
+from fastmix.mixer_base import Draw, Mixer, check_schedule, _picklable, value_at
 from fastmix.partners import SecondLoader, derange, same_class
 from fastmix.plan import Plan
 from helpers import name_of
@@ -109,8 +109,8 @@ def test_copies(copied):
 
 def test_portable():
     cos = SchedCos(1., 0.)
-    assert picklable(.4)==.4 and picklable(cos) is cos
-    number,table = picklable([.3, lambda pct: pct**2])
+    assert _picklable(.4)==.4 and _picklable(cos) is cos
+    number,table = _picklable([.3, lambda pct: pct**2])
     assert number==.3 and pickle.loads(pickle.dumps(table))(.5)==.25
 
 @pytest.mark.parametrize('mixer,text', [(Blends(.4), 'Blends(0.4)'), (Mixer(), 'Mixer(1.0)'),
