@@ -88,7 +88,7 @@ def new_memory(x, bs):
 _bits = {1:torch.uint8, 2:torch.int16, 4:torch.int32, 8:torch.int64}
 
 def fast_paste(x, pairs, places):
-    "As `Region.paste`, where each of `places` is slices, or a mask as an array of bool; None where it does not apply"
+    "As a region's method `paste`, where each of `places` is slices, or a mask as an array of bool; None where it does not apply"
     res = new_memory(x, len(pairs)) if x.element_size() in _bits else None
     if res is None: return None
     src,out = (as_plain(o.detach()).resolve_conj().resolve_neg().view(_bits[x.element_size()]).numpy() for o in (x,res))
