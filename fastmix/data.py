@@ -27,7 +27,8 @@ def digit_images() -> tuple: # 1,797 arrays of (8,8,3), uint8, and as many label
 # %% ../nbs/14_data.ipynb #d3c139a2
 def photo_images() -> tuple: # 8 arrays of (height,width,3), uint8, and as many labels
     "Eight photographs from scikit-learn and scikit-image"
-    from skimage import data as d
+    try: from skimage import data as d
+    except ImportError as e: raise ImportError('photo_images needs scikit-image: pip install scikit-image') from e
     from sklearn.datasets import load_sample_images
     china,flower = load_sample_images().images
     images = dict(astronaut=d.astronaut(), camera=d.camera(), cat=d.cat(), coffee=d.coffee(), dahlia=flower, galaxies=d.hubble_deep_field(),
@@ -41,7 +42,7 @@ def folder_images(
     "The images below `folder`"
     paths = get_image_files(folder).sorted()
     labels = [o.parent.name for o in paths]
-    if (n := len(set(labels)))<2: raise ValueError(f'{folder} must hold a subfolder of images for each of two or more classes, but holds {n}')
+    if (n := len(set(labels)))<2: raise ValueError(f'{folder} must hold a subfolder of images for each of two or more classes, but {f"holds {n}" if Path(folder).exists() else "does not exist"}')
     return list(paths),labels
 
 # %% ../nbs/14_data.ipynb #1fbb536f

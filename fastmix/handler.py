@@ -266,7 +266,8 @@ def check_mixer(
 ) -> MixHandler:
     "`mixer`, or a `TypeError` that says how to write it"
     if isinstance(mixer, MixHandler): return mixer
-    raise TypeError(f'mixer must be one of fastmix, imported after fastai, as in {write}, but it is {mixer!r} of {type(mixer).__module__}')
+    raise TypeError(f'mixer must be one of fastmix, imported after fastai, as in {write}, but it is '
+        + (f'the class {mixer.__name__}: add parentheses' if isinstance(mixer, type) else f'{mixer!r} of {type(mixer).__module__}'))
 
 def find_mixer(
     learn:Learner, # Learner with a mixer

@@ -29,7 +29,7 @@ __all__ = ['Mixing', 'batch_targets', 'MixMonitor']
 
 # %% ../nbs/18_lightning.ipynb #d9c2d9ed
 try: import lightning.pytorch as pl
-except ImportError as e: raise ImportError('fastmix.lightning needs Lightning: pip install "fastmix[lightning]"') from e
+except ImportError as e: raise ImportError('fastmix.lightning needs Lightning: pip install lightning') from e
 
 # %% ../nbs/18_lightning.ipynb #39f4b4c1
 @contextmanager

@@ -146,7 +146,7 @@ class MixReporter:
 # %% ../nbs/16_log.ipynb #ab7dcfc1
 def _open_writer(log_dir):
     try: from torch.utils.tensorboard import SummaryWriter
-    except ImportError as e: raise ImportError('LogMix needs TensorBoard: pip install "fastmix[tensorboard]"') from e
+    except ImportError as e: raise ImportError('LogMix needs TensorBoard: pip install tensorboard') from e
     return SummaryWriter(log_dir)
 
 # %% ../nbs/16_log.ipynb #32bfd7c7

@@ -23,7 +23,7 @@ from .core import *
 from .plan import *
 
 # %% auto #0
-__all__ = ['mix_class_loss', 'MultiLoss', 'as_multi', 'losses_of', 'targets_of_parts', 'mix_losses', 'soft_targets', 'soft_loss',
+__all__ = ['mix_class_loss', 'MultiLoss', 'as_multi', 'losses_of', 'targets_of_parts', 'soft_targets', 'soft_loss',
            'ClassBCELoss', 'mix_targets', 'MixLoss']
 
 # %% ../nbs/07_losses.ipynb #a309bc31
@@ -50,6 +50,8 @@ def mix_class_loss(
     y = _fit_classes(plan.gather(as_plain(y).long()), pred.shape, axis, c.axis is not None)
     keep = y != c.ignore_index
     y,lam = y*keep,per_sample(plan.weights, y).movedim(1, axis)*keep
+    if c.weight is not None and (len(c.weight)!=pred.shape[axis] or not c.weight.is_floating_point()): raise ValueError(
+        f'weight must hold a float for each of the {pred.shape[axis]} classes that the model predicts, but it has shape {tuple(c.weight.shape)}, {c.weight.dtype}')
     w = lam if c.weight is None else lam*c.weight[y]
     n = w.sum() if c.reduction=='mean' else 1
     u = (torch.where(keep, logp.gather(axis, y), 0) * (w/-n)).sum(axis, keepdim=True)   # 0 rather than 0 times -inf
@@ -132,15 +134,7 @@ def targets_of_parts(
     return list(zip(*(plan.gather(y).unbind(1) if m else [y]*plan.pairs.shape[1] for y,m in zip(yb, mixed))))
 
 # %% ../nbs/07_losses.ipynb #1e7438d5
-def mix_losses(
-    loss_func, # Loss, as a fastai `Learner` takes it
-    plan:Plan, # How the batch was mixed
-    pred, # Predictions for the mixed inputs
-    yb:tuple, # Targets, each (n, ...)
-    mixed:list=None, # For each of `yb`: are its losses mixed? All by default. The others go to the loss as they are
-    check:bool=True, # Test whether a loss of your own can be mixed sample by sample?
-    y_int:bool=None, # True: a loss of your own looks at its targets, even where it seems not to
-) -> Tensor: # Reduced as `loss_func` reduces
+def _mix_losses(loss_func, plan, pred, yb, mixed=None, check=True, y_int=None):
     "The weighted mean of the losses on a sample's targets: sample by sample, or of reduced losses where the batch has one λ"
     mixed = mixed or [True]*len(yb)
     multi = as_multi(loss_func)
@@ -156,7 +150,7 @@ def _mix_calls(calls, weights, ybs, check):
 _mix_own = torch.compiler.disable(_mix_calls)
 
 def _mix_each(multi, plan, pred, yb, mixed, check, y_int):
-    def value(f, p, y, m): return mix_losses(f, plan, p, (y,), check=check, y_int=y_int) if m else f(p, y)
+    def value(f, p, y, m): return _mix_losses(f, plan, p, (y,), check=check, y_int=y_int) if m else f(p, y)
     def means(f, p, y, m):
         with NoneReduce(f) as g: return value(g, p, y, m).reshape(len(plan.pairs), -1).mean(1)
     f = means if multi.reduction=='none' else value
@@ -183,7 +177,7 @@ def soft_loss(
     yb:tuple, # Targets: classes (n, ...)
 ) -> Tensor: # Reduced as `loss_func` reduces
     "The loss on one-hot, mixed targets; a `ValueError` where `loss_func` takes none, or treats them differently from classes"
-    if class_loss(loss_func): return mix_losses(loss_func, plan, pred, yb)   # linear in its target, so this is the same
+    if class_loss(loss_func): return _mix_losses(loss_func, plan, pred, yb)   # linear in its target, so this is the same
     if len(yb)>1: raise ValueError(f'soft=True is for one target, but {loss_func} takes {len(yb)}: pass soft=False, which mixes its losses')
     with LossCalls(loss_func, pred) as calls: return _soft_value(calls, plan, yb[0])
 
@@ -286,6 +280,7 @@ class MixLoss(nn.Module):
         check:bool=True, # Test whether a loss of your own can be mixed sample by sample?
     ):
         super().__init__()
+        if isinstance(loss_func, type): raise TypeError(f'loss_func must be a loss, but it is the class {loss_func.__name__}: add parentheses')
         vars(self).update(plan=plan, soft=soft, calls=[], results=[], _y_int=y_int, _check=check)
         if plan is None: self.loss_func,self.inner = loss_func,_modules_in(*loss_layers(loss_func)[1:])   # modules inside fastai's losses, to move and save them
         else:
@@ -337,7 +332,7 @@ def forward(self:MixLoss,
     if not any(mixed): return loss_func(pred, *targets)
     for name,o in kwargs.items(): _check_keyword(name, o, pred, len(yb[0]))
     if self.soft and all(mixed) and not targets[0].is_floating_point(): res = soft_loss(loss_func, plan, pred, targets)
-    else: res = mix_losses(loss_func, plan, pred, targets, mixed, self._check, self._y_int)
+    else: res = _mix_losses(loss_func, plan, pred, targets, mixed, self._check, self._y_int)
     if self.plan is not None: self.results.append(res)
     return res
 

@@ -152,7 +152,7 @@ class CalibrationError(AccumMetric):
         norm:str='l1', # Over the bins: 'l1' for the expected error, 'l2' for its root mean square, 'max' for the largest
     ):
         try: from torchmetrics.functional.classification import multiclass_calibration_error
-        except ImportError as e: raise ImportError('CalibrationError needs torchmetrics: pip install "fastmix[metrics]"') from e
+        except ImportError as e: raise ImportError('CalibrationError needs torchmetrics: pip install torchmetrics') from e
         def error(probs, targs): return multiclass_calibration_error(probs, targs, num_classes=probs.shape[1], n_bins=n_bins, norm=norm)
         super().__init__(error, flatten=False, name='calibration_error')
 

@@ -13,7 +13,7 @@ from fastai.vision.data import ImageBlock
 from matplotlib import pyplot as plt
 from torch import nn
 from torch.testing import assert_close
-from fastmix.data import CorruptLabels, SoftCategorize, SoftCategory, SoftCategoryBlock, corrupt_labels, digit_images
+from fastmix.data import CorruptLabels, SoftCategorize, SoftCategory, SoftCategoryBlock, corrupt_labels, digit_images, folder_images
 from fastmix.mixers import MixUp, OneOf
 from fastmix.show import mix_caption
 from helpers import name_of, quiet_fit, Record
@@ -181,3 +181,6 @@ bad = [([.7,.5,0], 'sum to 1.2: divide'), ([1.2,-.2,0], r'at least 0.*-0.2'), ([
 @pytest.mark.parametrize('p,what', bad, ids=name_of)
 def test_bad_soft_labels(p, what):
     with pytest.raises(ValueError, match=what): SoftCategorize('abc').encodes(p)
+
+def test_a_folder_that_is_not_there():
+    with pytest.raises(ValueError, match='nowhere must hold a subfolder.*does not exist'): folder_images('nowhere')

@@ -174,6 +174,7 @@ def test_what_belongs_in_the_loop(mixer, match):
 def test_what_is_no_mixer():
     for o in FastaiMixUp(),MixUp:
         with pytest.raises(TypeError, match=r'mixer must be one of fastmix, imported after fastai, as in MixCollate\(MixUp\(.4\)\)'): MixCollate(o)
+    with pytest.raises(TypeError, match='the class MixUp: add parentheses'): MixCollate(MixUp)
     with pytest.raises(TypeError, match='collate_fn must be a function'): MixCollate(MixUp(), collate_fn=3)
 
 @pytest.mark.parametrize(('sample','match'), [

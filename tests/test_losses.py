@@ -727,3 +727,11 @@ def test_blended_targets_changed_in_place():
     loss = MixLoss(nn.MSELoss(), Plan(torch.tensor([[0,1],[1,0]]), torch.tensor([[.7,.3],[.6,.4]])), (torch.rand(2, 1),))
     loss.yb[0].log1p_()
     with pytest.raises(RuntimeError, match='changed in place'): loss(torch.rand(2, 1), *loss.yb)
+
+def test_a_class_instead_of_a_loss():
+    with pytest.raises(TypeError, match='the class CrossEntropyLoss: add parentheses'): MixLoss(nn.CrossEntropyLoss)
+
+@pytest.mark.parametrize('weight', [torch.ones(3),torch.ones(5),torch.ones(4).long()], ids=['few','many','integers'])
+def test_class_weights_that_do_not_fit(weight):
+    plan = Plan.of(torch.tensor([1,0]), torch.tensor([.6,.7]))
+    with pytest.raises(ValueError, match='weight must hold a float for each of the 4 classes'): MixLoss(nn.CrossEntropyLoss(weight=weight))(torch.randn(2, 4), torch.tensor([0,2]), plan=plan)
