@@ -1,4 +1,5 @@
 "What users write: `from fastmix.all import *`, after fastai's own"
+from fastmix.calls import MixCalls
 from fastmix.check import check_mix
 from fastmix.core import draw_lam
 from fastmix.data import CorruptLabels, SoftCategoryBlock, corrupt_labels, digit_images, folder_images, image_dls, photo_images
@@ -14,11 +15,12 @@ from fastmix.mixers import CutMix, CutMixUp, FMix, GridMix, MixUp, OneOf, Resize
 from fastmix.partners import SecondLoader, balanced, derange, near_target, other_class, same_class
 from fastmix.plan import Plan
 from fastmix.regions import Boxes, Mask, spectral_residual
+from fastmix.soft import SoftMix
 from fastmix.show import *   # show_mix and plot_lam, as methods
 
 __all__ = ['MixUp', 'CutMix', 'ResizeMix', 'SaliencyMix', 'FMix', 'GridMix', 'ManifoldMixUp', 'OneOf', 'CutMixUp',
     'derange', 'same_class', 'other_class', 'balanced', 'near_target', 'SecondLoader',
     'MixLoss', 'MultiLoss', 'ClassBCELoss', 'MixMetric', 'CleanLoss', 'CalibrationError',
     'CorruptLabels', 'corrupt_labels', 'SoftCategoryBlock', 'image_dls', 'digit_images', 'photo_images', 'folder_images',
-    'check_mix', 'find_mixer', 'MixCollate', 'LogMix', 'GANMixUp', 'gan_mix_loss', 'mix_real_fake', 'draw_lam',
+    'check_mix', 'find_mixer', 'MixCollate', 'SoftMix', 'MixCalls', 'LogMix', 'GANMixUp', 'gan_mix_loss', 'mix_real_fake', 'draw_lam',
     'MixHandler', 'BetaMix', 'RegionMix', 'Plan', 'Boxes', 'Mask', 'spectral_residual']

@@ -17,8 +17,10 @@ import numpy as np, torch
 from fastai.text.models.core import SentenceEncoder
 from fastcore.basics import noop, patch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .batch import *
+from .calls import *
 from .core import *
 from .handler import *
 from .log import *
@@ -51,8 +53,8 @@ def _find_loss(module, path):
     if callable(getattr(owner, name, None)): return owner,name
     similar = {o for o in [*vars(module), *vars(type(module)), *module._modules] if 'loss' in o.lower() or 'crit' in o.lower()}
     raise ValueError(f'{type(module).__name__} has no loss {path!r} to mix. Name the attribute that training_step calls, as in Mixing(MixUp(.4), loss="criterion"). '
-        f'Losses among its attributes: {", ".join(sorted(similar)) or "none whose name says so"}. A function that training_step calls directly, '
-        'such as F.cross_entropy(...), must become an attribute first, as in self.criterion = F.cross_entropy')
+        f'Losses among its attributes: {", ".join(sorted(similar)) or "none whose name says so"}. Losses of PyTorch that training_step calls directly, '
+        'such as F.cross_entropy(...), are mixed without a name, by Mixing(MixUp(.4))')
 
 # %% ../nbs/18_lightning.ipynb #f1f1bf18
 def _fraction_done(trainer):
@@ -68,17 +70,18 @@ class Mixing(pl.Callback):
         mixer:MixHandler, # How to mix, such as `MixUp(.4)`
         x=None, # Where inputs are in a batch, as in `BatchKeys`; by default 'img' of a dict, the first of a pair
         y=None, # Where targets are; by default 'label' of a dict, the second of a pair
-        loss:str='loss_func', # Name of the module's loss, such as 'criterion' or 'model.criterion'
+        loss:str=None, # Name of the module's loss, such as 'criterion' or 'model.criterion'; by default 'loss_func', or PyTorch's losses where they are called
     ):
         self.mixer,self.keys,self.loss = check_mixer(mixer, 'Mixing(MixUp(.4)), or for several, Mixing(OneOf(MixUp(.4), CutMix(1.)))'),BatchKeys(x, y),loss
-        self.seed,self.resumed,self.record,self.scheduled,self.undo = None,False,None,{},ExitStack()
+        self.seed,self.resumed,self.record,self.scheduled,self.undo,self.path = None,False,None,{},ExitStack(),loss
 
     @property
     def state_key(self): return self._generate_state_key(mixer=type(self.mixer).__name__, loss=self.loss)
 
     def on_fit_start(self, trainer, pl_module):
         "Check that the module has the loss, and that no other callback mixes"
-        _find_loss(pl_module, self.loss)
+        self.path = self.loss or ('loss_func' if callable(getattr(pl_module, 'loss_func', None)) else None)
+        if self.path: _find_loss(pl_module, self.path)
         if sum(isinstance(cb, Mixing) for cb in trainer.callbacks)>1: raise ValueError(
             'This Trainer has more than one Mixing, and each would mix what the other has mixed: combine them, as in Mixing(OneOf(MixUp(.4), CutMix(1.)))')
 
@@ -127,10 +130,18 @@ def _backwards(module):
     with _shadowed(module, 'manual_backward', note): yield losses
 
 @patch
+def mixed_loss(self:Mixing, owner, name):
+    "A context in which the loss of the batch is mixed: an attribute of the module, or any of PyTorch's losses"
+    if self.path: return _shadowed(owner, name, self.record.loss)
+    calls = MixCalls(self.record.target_plan, *self.record.ys, y_int=self.mixer.y_int, soft=self.mixer.soft, strict=False)
+    self.record.loss = calls.loss
+    return calls
+
+@patch
 def mixed_step(self:Mixing, trainer, module, step, batch, *args, **kwargs):
     "What `step`, the module's own `training_step`, returns for a mixed batch and with its loss"
     if self.record: self.record.close()   # where an optimizer computes a step twice
-    owner,name = _find_loss(module, self.loss)
+    owner,name = _find_loss(module, self.path) if self.path else (F,'cross_entropy')
     b,pct = self.keys.take(batch),_fraction_done(trainer) or 0.
     in_order = len(tensors_in(batch))>len(tensors_in(b))   # the rest of the batch would keep the old order
     if in_order and any(isinstance(m, SentenceEncoder) for m in module.modules()): raise ValueError(
@@ -139,7 +150,7 @@ def mixed_step(self:Mixing, trainer, module, step, batch, *args, **kwargs):
     self.scheduled = self.mixer.hyper_parameters(pct)
     self.record = record = self.mixer.mix_batch(*b, getattr(owner, name), module, pct, in_order)
     try:
-        with _shadowed(owner, name, record.loss), _backwards(module) as trained:
+        with self.mixed_loss(owner, name), _backwards(module) as trained:
             res = step(self.keys.replace(batch, record.mixed_xb, record.loss.yb), *args, **kwargs)
         if module.automatic_optimization: trained = [res['loss'] if isinstance(res, Mapping) else res]
         if res is None and module.automatic_optimization: record.inputs.close()   # the module skips this batch
@@ -157,25 +168,20 @@ def _as_loaded(trainer, keys, batch):
     return sum(keys.take(batch), ()) if isinstance(batch, Mapping) else batch
 
 # %% ../nbs/18_lightning.ipynb #ac3a19b7
-def _base(o): return o if o._base is None else o._base
-
-def _is_made_of(c, y):
-    "Is `c` a view of `y`, or `y` in another dtype?"
-    return _base(c) is _base(y) or c.numel()==y.numel() and torch.allclose(c.flatten().float(), y.flatten().to(c.device, torch.float), rtol=.01, atol=.01)
-
 @patch
 def check(self:Mixing,
     trained:list=(), # Losses that the step trains on
 ):
     "Raise an error if the model has not read its inputs, or if the loss of this batch was not mixed, or is not what is trained"
-    record,loss = self.record,f'self.{self.loss}'
+    record,loss = self.record,f'self.{self.path}' if self.path else 'a loss of torch.nn.functional'
     record.inputs.check()
     if any(record.loss.mixed) and not record.was_mixed(): raise RuntimeError(
         f'{self.mixer!r} mixed this batch, but its loss was not mixed, since training_step has not called {loss} with the targets as they are in the batch: '
         f'have it call {loss}(pred, y), with y itself, no copy or view, or name the loss that it calls, as in Mixing(MixUp(.4), loss="criterion"). '
-        'If the loss is a function, a property, or in a list or dict, make it an attribute, as in self.criterion = F.cross_entropy')
+        'A loss of your own that is a property, or in a list or dict, must be made an attribute')
     graphs,mixed = [o for o in trained if getattr(o, 'grad_fn', None) is not None],record.loss.results
-    if any(isinstance(o, Tensor) and o.ndim for o in mixed): raise ValueError(
+    unreduced = [o for o in mixed if isinstance(o, Tensor) and o.ndim]
+    if unreduced and any(depends_on(o, unreduced) for o in graphs): raise ValueError(
         f'{loss} returns more than one value, and what training_step makes of them by its targets, such as a weighted mean, is not mixed: '
         f'have {loss} return one value, as with reduction="mean", and make the mean in there')
     if mixed and graphs and not any(depends_on(o, mixed) for o in graphs): raise RuntimeError(
@@ -190,14 +196,14 @@ def check_other_calls(self:Mixing,
     calls:list, # Tensors that the loss was called with as targets, other than those of the batch
 ):
     "Raise an error if these are parts of the batch that the loss does not mix; warn if they come from elsewhere"
-    record,loss,name = self.record,self.record.loss,f'self.{self.loss}'
+    record,loss,name = self.record,self.record.loss,f'self.{self.path}'
     images = [o for o in record.inputs.xs if o.dtype==torch.uint8 and o.ndim>2]
-    if any(_is_made_of(c, x) for x in images for c in calls if not c.is_floating_point()): raise ValueError(
+    if any(is_made_of(c, x) for x in images for c in calls if not c.is_floating_point()): raise ValueError(
         f'training_step calls {name} with integers that {self.mixer!r} has taken for an input, and averaged: pass where the targets are, as in Mixing(MixUp(.4), y=1)')
-    if any(_base(c) is _base(y) for y,m in zip(loss.yb, loss.mixed) if m for c in calls): raise RuntimeError(
+    if any(is_view(c, y) for y,m in zip(loss.yb, loss.mixed) if m for c in calls): raise RuntimeError(
         f'training_step calls {name} more than once, and not always with the targets as they are in the batch: the loss on a part of them was not mixed. '
         f'Compute all of it in one call, as in {name}((pred,other_pred), y), and take the part inside the loss')
-    if any(loss.mixed) or not (record.was_mixed() or all(any(_is_made_of(c, y) for c in calls) for y in loss.yb)): warn(
+    if any(loss.mixed) or not (record.was_mixed() or all(any(is_made_of(c, y) for c in calls) for y in loss.yb)): warn(
         f'training_step calls {name} with other targets than those that {self.mixer!r} has mixed. If they are in the batch, pass where, as in Mixing(MixUp(.4), y="target"). If training_step makes them of the targets, have the loss do so')
 
 # %% ../nbs/18_lightning.ipynb #a440cd29

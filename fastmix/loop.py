@@ -134,12 +134,17 @@ class MixCollate:
         samples:list, # As a `Dataset` returns them
     ) -> tuple: # The batch with mixed inputs and unmixed targets, and the `Plan`
         "The mixed batch, and the plan that mixed it"
+        check_items(samples[0])
+        return self.mix(self.collate_fn(samples))
+
+    def mix(self,
+        batch, # Inputs and targets, a nest of tensors
+    ) -> tuple: # The batch with mixed inputs and unmixed targets, and the `Plan`
+        "Mix a batch that is made already"
         worker = get_worker_info()
         if worker and worker.seed!=self.seed:
             self.seed = worker.seed
             self.mixer.set_rng(np.random.default_rng([self.seed, _rank()]))
-        check_items(samples[0])
-        batch = self.collate_fn(samples)
         xb,yb = self.keys.take(batch)
         plan,*_ = self.mixer.draw_batch(tuple(tensors_in(xb)), tuple(tensors_in(yb)))
         return self.keys.replace(batch, map_tensors(plan.mix, xb), yb),plan

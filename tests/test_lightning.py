@@ -494,7 +494,7 @@ def test_deep_supervision_by_one_loss():
 # Errors
 def test_losses_that_are_not_there():
     for name in 'criterion','losses.x.y','shape':
-        with pytest.raises(ValueError, match=f"Digits has no loss '{name}' to mix.*Losses among its attributes: loss_func.*must become an attribute first"): fit(Digits(), MixUp(1.), keys=dict(loss=name))
+        with pytest.raises(ValueError, match=f"Digits has no loss '{name}' to mix.*Losses among its attributes: loss_func.*are mixed without a name"): fit(Digits(), MixUp(1.), keys=dict(loss=name))
 
 def step_of(f):
     class Step(Digits):
@@ -512,8 +512,27 @@ def step_of(f):
 def test_a_loss_that_was_not_mixed_is_an_error(f, loss):
     module = step_of(f)
     before = deepcopy(module.state_dict())
-    with pytest.raises(RuntimeError, match=rf'training_step has not called self.{loss} with the targets as they are.*self.criterion = '): fit(module, MixUp(1.), keys=dict(loss=loss))
+    with pytest.raises(RuntimeError, match=rf'training_step has not called self.{loss} with the targets as they are.*or name the loss that it calls'): fit(module, MixUp(1.), keys=dict(loss=loss))
     assert unchanged(module, before)
+
+@pytest.mark.parametrize('f', [lambda self,p,y: F.cross_entropy(p, y), lambda self,p,y: self.losses['cls'](p, y),
+    lambda self,p,y: nn.CrossEntropyLoss()(p, y.view(-1))], ids=['function','in a dict','made anew'])
+@pytest.mark.parametrize('mixer', [MixUp(1.), CutMix()], ids=repr)
+def test_losses_that_have_no_name(f, mixer):
+    class Step(Digits):
+        def __init__(self):
+            super().__init__()
+            self.losses = nn.ModuleDict(dict(cls=self.loss_func))
+            del self.loss_func
+        def training_step(self, batch, batch_idx):
+            pred,y = self(batch['img']),batch['label']
+            loss,plan = f(self, pred, y),mixing(self).record.plan
+            u = [-pred.log_softmax(1)[range(len(y)),o] for o in (y,y[plan.idx])]
+            self.recs[-1].update(loss=loss.item(), want=(plan.lam*u[0] + (1-plan.lam)*u[1]).mean().item())
+            return loss
+    module = Step()
+    fit(module, mixer)
+    assert all(o['loss']==pytest.approx(o['want'], rel=1e-5) for o in module.recs)
 
 def test_masks_that_are_taken_for_an_input():
     "Masks of bytes could be images; weights follow them in the batch"

@@ -1,0 +1,101 @@
+"PyTorch's losses, mixed where they are called: each against its formula, sample by sample"
+import pytest, torch, torch.nn.functional as F
+from torch import nn
+from fastmix.calls import MixCalls, functional_losses
+from fastmix.mixers import CutMix
+from fastmix.plan import Plan, unmixed_plan
+
+torch.manual_seed(0)
+bs,c = 7,4
+plan = Plan.of(torch.randperm(bs), torch.rand(bs))
+x,y = torch.randn(bs, c),torch.randint(c, (bs,))
+w = torch.tensor([.2,1.,3.,.5])
+
+def called(f, pred, y, plan=plan, **kwargs):
+    with MixCalls(plan, y, **kwargs) as own: return f(pred, own)
+
+def by_sample(u, weight=lambda y: 1., plan=plan, pred=x, y=y):
+    "The mean over samples of λ·u(p,y) + (1-λ)·u(p,y'), by the mean of their weights"
+    rows = enumerate(zip(plan.pairs.tolist(), plan.sample_weights.tolist()))
+    terms = [(lam*u(pred[i:i+1], y[j:j+1]), lam*weight(y[j])) for i,(js,lams) in rows for j,lam in zip(js, lams)]
+    return sum(o for o,_ in terms)/sum(o for _,o in terms)
+
+def test_the_list_of_losses():
+    names = {f.__name__ for f in functional_losses}
+    assert {'cross_entropy','nll_loss','mse_loss','l1_loss','binary_cross_entropy_with_logits','huber_loss','kl_div'} <= names and not {'ctc_loss','softmax','dropout'} & names
+
+@pytest.mark.parametrize('f', [F.cross_entropy, nn.CrossEntropyLoss(), lambda p,y: F.nll_loss(p.log_softmax(1), y),
+    lambda p,y: F.cross_entropy(target=y, input=p), lambda p,y: F.cross_entropy(p, y.view(-1)),
+    lambda p,y: F.cross_entropy(p.view(-1, c), y.int().long())], ids=['function','module','nll','keywords','view','another type'])
+def test_classes(f): torch.testing.assert_close(called(f, x, y), by_sample(F.cross_entropy))
+
+def test_options():
+    def u(p, y): return F.cross_entropy(p, y, weight=w, reduction='sum')
+    torch.testing.assert_close(called(nn.CrossEntropyLoss(weight=w), x, y), by_sample(u, lambda y: w[y].item()))
+    ignoring = torch.where(y==2, -100, y)
+    def keep(p, y): return F.cross_entropy(p, y, reduction='sum')
+    torch.testing.assert_close(called(F.cross_entropy, x, ignoring), by_sample(keep, lambda y: float(y>=0), y=ignoring))
+    torch.testing.assert_close(called(lambda p,y: F.cross_entropy(p, y, reduction='sum')/bs, x, y), by_sample(F.cross_entropy))
+
+@pytest.mark.parametrize('f', [F.mse_loss,F.l1_loss,F.huber_loss,F.smooth_l1_loss,F.binary_cross_entropy_with_logits], ids=lambda f: f.__name__)
+def test_numbers_and_labels_are_blended(f):
+    t = (torch.rand(bs, c)>.5).float()
+    torch.testing.assert_close(called(f, x, t), f(x, plan.mix(t)))
+    torch.testing.assert_close(called(lambda p,y: f(p[:,0], y.squeeze(1)), x, t[:,:1]), f(x[:,0], plan.mix(t)[:,0]))
+
+def test_the_gradient():
+    a,b = (x.clone().requires_grad_() for _ in range(2))
+    called(F.cross_entropy, a, y).backward()
+    by_sample(F.cross_entropy, pred=b).backward()
+    torch.testing.assert_close(a.grad, b.grad)
+
+def test_a_loss_inside_of_a_model():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out = nn.Linear(c, c)
+        def forward(self, x, labels):
+            logits = self.out(x)
+            return dict(loss=F.cross_entropy(logits.view(-1, c), labels.view(-1), reduction='sum')/len(labels), logits=logits)
+    model = Model()
+    with MixCalls(plan, y) as own: res = model(x, labels=own)
+    torch.testing.assert_close(res['loss'], by_sample(F.cross_entropy, pred=res['logits']))
+
+def test_other_calls_are_left_alone():
+    def f(p, y):
+        assert (p.argmax(1)==y).equal(p.argmax(1)==own)
+        return F.cross_entropy(p, y) + F.mse_loss(p, torch.zeros_like(p))
+    with MixCalls(plan, y) as own: loss = f(x, own)
+    torch.testing.assert_close(loss, by_sample(F.cross_entropy) + x.square().mean())
+
+def test_masks():
+    images,masks = torch.rand(bs, 3, 8, 8),torch.randint(c, (bs,8,8))
+    pred = torch.randn(bs, c, 8, 8)
+    cut = CutMix().draw(images)
+    torch.testing.assert_close(called(F.cross_entropy, pred, masks, cut), F.cross_entropy(pred, cut.mix(masks)))
+    torch.testing.assert_close(called(F.cross_entropy, pred, masks), by_sample(F.cross_entropy, pred=pred, y=masks))
+
+def test_several_targets():
+    t = torch.rand(bs, 1)
+    with MixCalls(plan, y, t) as (a,b): loss = F.cross_entropy(x, a) + F.mse_loss(x[:,:1], b)
+    torch.testing.assert_close(loss, by_sample(F.cross_entropy) + F.mse_loss(x[:,:1], plan.mix(t)))
+
+def test_partners_from_elsewhere():
+    more = torch.cat([y,torch.randint(c, (bs,))])
+    second = Plan.of(torch.arange(bs)+bs, torch.rand(bs), n=2*bs)
+    torch.testing.assert_close(called(F.cross_entropy, x, more, second), by_sample(F.cross_entropy, plan=second, y=more))
+
+def test_a_batch_that_is_not_mixed_needs_no_loss():
+    with MixCalls(unmixed_plan(bs), y) as own: assert own is y
+
+@pytest.mark.parametrize('f', [lambda p,y: -p.log_softmax(1)[range(bs),y].mean(), lambda p,y: F.cross_entropy(p, y.flip(0)),
+    lambda p,y: F.cross_entropy(p[y>0], y[y>0])], ids=['own','order','indexed'])
+def test_a_loss_that_is_not_mixed(f):
+    with pytest.raises(RuntimeError, match='This batch is mixed, but its loss was not.*MixLoss'): called(f, x, y)
+
+def test_a_part_of_the_targets():
+    with pytest.raises(ValueError, match=r'cross_entropy is called with a part of the targets, of shape \(3,\)'): called(lambda p,y: F.cross_entropy(p[:3], y[:3]), x, y)
+
+def test_an_error_of_the_step_is_raised_as_it_is():
+    with pytest.raises(KeyError): called(lambda p,y: {}['x'], x, y)
+    assert F.cross_entropy(x, y).isfinite()
