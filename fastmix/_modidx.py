@@ -705,4 +705,12 @@ d = { 'settings': { 'branch': 'main',
                               'fastmix.soft.SoftMix.forward': ('soft.html#softmix.forward', 'fastmix/soft.py'),
                               'fastmix.soft._check_classes': ('soft.html#_check_classes', 'fastmix/soft.py'),
                               'fastmix.soft._one_hot': ('soft.html#_one_hot', 'fastmix/soft.py'),
-                              'fastmix.soft.soft_target': ('soft.html#soft_target', 'fastmix/soft.py')}}}
+                              'fastmix.soft.soft_target': ('soft.html#soft_target', 'fastmix/soft.py')},
+            'fastmix.trainer': { 'fastmix.trainer.MixTrainer': ('trainer.html#mixtrainer', 'fastmix/trainer.py'),
+                                 'fastmix.trainer.MixTrainer.__init__': ('trainer.html#mixtrainer.__init__', 'fastmix/trainer.py'),
+                                 'fastmix.trainer.MixTrainer.compute_loss': ('trainer.html#mixtrainer.compute_loss', 'fastmix/trainer.py'),
+                                 'fastmix.trainer.MixTrainer.draw': ('trainer.html#mixtrainer.draw', 'fastmix/trainer.py'),
+                                 'fastmix.trainer.MixTrainer.log': ('trainer.html#mixtrainer.log', 'fastmix/trainer.py'),
+                                 'fastmix.trainer._mix_input': ('trainer.html#_mix_input', 'fastmix/trainer.py'),
+                                 'fastmix.trainer._smoothed_loss': ('trainer.html#_smoothed_loss', 'fastmix/trainer.py'),
+                                 'fastmix.trainer.mix_named_inputs': ('trainer.html#mix_named_inputs', 'fastmix/trainer.py')}}}

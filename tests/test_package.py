@@ -41,13 +41,14 @@ def test_metadata(wheel, root):
 # What is run in an environment that has no extras
 without_extras = '''
 import fastmix, pkgutil, sys
+extras = dict(lightning='lightning', trainer='transformers accelerate')
 from importlib import import_module
 from importlib.metadata import version
 for m in pkgutil.iter_modules(fastmix.__path__):
     try: import_module(f'fastmix.{m.name}')
-    except ImportError as e: assert m.name=='lightning' and 'pip install lightning' in str(e), (m.name,e)
-    else: assert m.name!='lightning'
-assert not {'lightning','tensorboard','wandb','torchmetrics','timm','accelerate'} & sys.modules.keys()
+    except ImportError as e: assert 'pip install ' + extras[m.name] in str(e), (m.name,e)
+    else: assert m.name not in extras
+assert not {'lightning','transformers','tensorboard','wandb','torchmetrics','timm','accelerate'} & sys.modules.keys()
 from fastmix.log import _open_writer
 try: _open_writer(None)
 except ImportError as e: assert 'pip install tensorboard' in str(e)
@@ -56,7 +57,7 @@ print(fastmix.__file__, version('fastmix'))
 '''
 
 def test_install(wheel, root, tmp_path):
-    "The wheel alone, in an environment of its own, imported from elsewhere: all but `fastmix.lightning` works without extras"
+    "The wheel alone, in an environment of its own, imported from elsewhere: all but `fastmix.lightning` and `fastmix.trainer` work without extras"
     env = tmp_path/'env'
     python = env/('Scripts/python.exe' if sys.platform=='win32' else 'bin/python')
     run(uv, 'venv', '--python', sys.executable, env)

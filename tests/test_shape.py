@@ -55,7 +55,7 @@ def test_length():
         assert text.count('\n') <= 350, name
         for f in functions(text): assert body_lines(f) <= 20, f'{name}.{f.name} has {body_lines(f)} lines'
 
-engines = {'calls','gan','lightning','loop','soft'}
+engines = {'calls','gan','lightning','loop','soft','trainer'}
 
 def test_the_core_stays_small():
     "What all engines share, without blank lines and nbdev's marks of cells"
