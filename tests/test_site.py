@@ -60,6 +60,8 @@ def check_look(page, name, scheme, width):
     assert page.evaluate('document.documentElement.scrollWidth <= innerWidth'), f'{name} is wider than the screen'
     body = page.inner_text('body')
     assert '\\(' not in body and '\\[' not in body, f'{name} has a formula that is not drawn'
+    links = page.eval_on_selector_all('main p, main li, main td', 'els => els.map(o => o.textContent).filter(o => o.includes("ipynb)"))')
+    assert not links, f'{name} shows the source of a link: {links}'
     assert not page.faults, f'{name} {page.faults}'
 
 def test_pages(site, url, page):
