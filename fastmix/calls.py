@@ -22,11 +22,8 @@ from .plan import *
 __all__ = ['functional_losses', 'is_view', 'is_made_of', 'MixCalls']
 
 # %% ../nbs/17b_calls.ipynb #7981af18
-def _second(f):
-    try: return [*inspect.signature(f).parameters][1:2]
-    except (TypeError,ValueError): return []
-
-functional_losses = [f for name,f in vars(F).items() if name[0]!='_' and inspect.isfunction(f) and _second(f)==['target']]
+_functions = [f for name,f in vars(F).items() if name[0]!='_' and inspect.isfunction(f)]
+functional_losses = {f: s for f in _functions if [*(s := inspect.signature(f)).parameters][1:2]==['target']}   # with their signatures
 
 # %% ../nbs/17b_calls.ipynb #565b1ba9
 def _base(o): return o if o._base is None else o._base
@@ -70,7 +67,7 @@ class MixCalls(TorchFunctionMode):
     def __torch_function__(self, f, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if f not in functional_losses: return f(*args, **kwargs)
-        options = inspect.signature(f).bind(*args, **kwargs).arguments
+        options = functional_losses[f].bind(*args, **kwargs).arguments
         y = self.target_of(options['target'], f)
         if y is None: return f(*args, **kwargs)
         loss_func = partial(f, **{k: v for k,v in options.items() if k not in ('input','target') and v is not None})

@@ -71,7 +71,8 @@ class MixTrainer(Trainer):
         "The loss of a batch, mixed in training"
         if not model.training: return super().compute_loss(model, inputs, return_outputs, **kwargs)
         if not isinstance(inputs.get('labels'), Tensor): raise ValueError(f'MixTrainer mixes the loss of "labels", but the batch has {", ".join(inputs)}')
-        labels,embed = inputs['labels'],self.accelerator.unwrap_model(model).get_input_embeddings()
+        labels = inputs['labels']
+        def embed(ids): return self.accelerator.unwrap_model(model).get_input_embeddings()(ids)   # models of audio have none
         inputs = {k: v for k,v in inputs.items() if k!='labels'}
         self.plan = plan = self.draw(inputs, labels, embed)
         with MixCalls(plan, labels, y_int=self.mixer.y_int, soft=self.mixer.soft) as y:

@@ -2,12 +2,16 @@
 import warnings
 import numpy as np, pytest, torch, torch.nn.functional as F
 from sklearn.datasets import load_digits
-from torch import tensor
+from torch import nn, tensor
+from fastmix.losses import MixLoss
 from fastmix.manifold import ManifoldMixUp
 from fastmix.mixers import CutMix, MixUp
 from fastmix.plan import Plan
+from fastmix.soft import SoftMix
 transformers = pytest.importorskip('transformers')
-from transformers import BertConfig, BertForSequenceClassification, TrainingArguments, ViTConfig, ViTForImageClassification
+from transformers import ASTConfig, ASTForAudioClassification, BatchEncoding, BertConfig, BertForSequenceClassification, TrainingArguments
+from transformers import ViTConfig, ViTForImageClassification, Wav2Vec2Config, Wav2Vec2ForSequenceClassification
+from transformers.modeling_outputs import ImageClassifierOutput
 from fastmix.trainer import MixTrainer, mix_named_inputs
 from helpers import begin_rank, run_ranks, save_rank
 
@@ -64,6 +68,27 @@ def check(trainer, eps=0.):
 def test_images(tmp_path, mixer): check(run(tmp_path, vit(), images, mixer))
 
 def test_texts(tmp_path): check(run(tmp_path, bert(), texts()))
+
+def test_audio(tmp_path):
+    torch.manual_seed(0)
+    classes = torch.randint(4, (32,)).tolist()
+    spectrograms = ASTConfig(num_mel_bins=16, max_length=32, patch_size=8, frequency_stride=8, time_stride=8, num_labels=4, **small)
+    check(run(tmp_path, ASTForAudioClassification(spectrograms), [dict(input_values=torch.randn(32, 16)+y, labels=y) for y in classes]))
+    waves = Wav2Vec2Config(num_labels=4, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, conv_dim=(8,8),
+        conv_stride=(5,4), conv_kernel=(10,8), num_feat_extract_layers=2, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2,
+        layerdrop=0., mask_time_prob=0., classifier_proj_size=8)
+    items = [dict(input_values=torch.randn(2000)+y, attention_mask=torch.ones(2000).long(), labels=y) for y in classes]
+    check(run(tmp_path, Wav2Vec2ForSequenceClassification(waves), items))
+
+def test_batches_and_outputs_keep_their_class():
+    batch = BatchEncoding(dict(pixel_values=torch.rand(4, 3), labels=tensor([0,1,2,0])))
+    mixed = SoftMix(MixUp(1.), 3, x='pixel_values', y='labels')(batch)
+    assert type(mixed) is BatchEncoding and mixed.labels.shape==(4,3) and batch.labels.shape==(4,)
+    class Own(nn.Module):
+        reduction = 'mean'
+        def forward(self, pred, y): return F.cross_entropy(pred.logits, y, reduction=self.reduction)
+    out,plan = ImageClassifierOutput(logits=torch.randn(4, 3, requires_grad=True)),MixUp(1.).draw(torch.rand(4, 3))
+    torch.testing.assert_close(MixLoss(Own())(out, batch.labels, plan=plan), MixLoss(nn.CrossEntropyLoss())(out.logits, batch.labels, plan=plan))
 
 def test_label_smoothing(tmp_path): check(run(tmp_path, vit(), images, label_smoothing_factor=.2), .2)
 
