@@ -49,6 +49,7 @@ class MixCalls(TorchFunctionMode):
     ):
         super().__init__()
         self.plan,self.y_int,self.soft,self.strict,self.loss = plan,y_int,soft,strict,MixLoss(F.cross_entropy, plan, yb, True)   # whose targets are never blended
+        self.made = {id(y): y for y,m in zip(self.loss.yb, self.loss.mixed) if m}   # the targets, and what is made of them
 
     def __enter__(self):
         super().__enter__()
@@ -66,14 +67,25 @@ class MixCalls(TorchFunctionMode):
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if f not in functional_losses: return f(*args, **kwargs)
+        if f not in functional_losses: return self.call(f, args, kwargs)
         options = functional_losses[f].bind(*args, **kwargs).arguments
         y = self.target_of(options['target'], f)
-        if y is None: return f(*args, **kwargs)
+        if y is None: return self.call(f, args, kwargs)
         loss_func = partial(f, **{k: v for k,v in options.items() if k not in ('input','target') and v is not None})
         res = MixLoss(loss_func, y_int=self.y_int, soft=self.soft)(options['input'], y, plan=self.plan)
         self.loss.calls.append(self.loss.yb)
         self.loss.results.append(res)
+        return res
+
+    def call(self, f, args, kwargs):
+        "Call `f`, and note what it makes of the targets; a `RuntimeError` if that is trained"
+        res = f(*args, **kwargs)
+        if not any(id(o) in self.made for o in tensors_in((args,kwargs))): return res
+        made = [o for o in tensors_in(res) if isinstance(o, Tensor)]
+        if any(o.requires_grad for o in made): raise RuntimeError(
+            f'{getattr(f, "__name__", f)} trains on targets of a mixed batch outside of the losses of torch.nn.functional, where only the own targets of the samples would count: '
+            'have MixLoss(loss_func) mix the whole loss, or detach the predictions if this is not trained, as in a metric')
+        self.made.update({id(o): o for o in made})
         return res
 
     def target_of(self, c, f):

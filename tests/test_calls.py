@@ -91,7 +91,22 @@ def test_a_batch_that_is_not_mixed_needs_no_loss():
 @pytest.mark.parametrize('f', [lambda p,y: -p.log_softmax(1)[range(bs),y].mean(), lambda p,y: F.cross_entropy(p, y.flip(0)),
     lambda p,y: F.cross_entropy(p[y>0], y[y>0])], ids=['own','order','indexed'])
 def test_a_loss_that_is_not_mixed(f):
-    with pytest.raises(RuntimeError, match='This batch is mixed, but its loss was not.*MixLoss'): called(f, x, y)
+    with pytest.raises(RuntimeError, match='trains on targets of a mixed batch outside of the losses'): called(f, x.clone().requires_grad_(), y)
+    with pytest.raises(RuntimeError, match='This batch is mixed, but its loss was not.*MixLoss'): called(f, x, y)   # nothing is trained
+
+def dice(p, y): return 1-(2*(p.softmax(1)*F.one_hot(y, c)).sum()/(2*len(y)))
+
+@pytest.mark.parametrize('f', [lambda p,y: F.cross_entropy(p, y) + dice(p, y), lambda p,y: F.cross_entropy(p - .3*F.one_hot(y, c), y),
+    lambda p,y: F.cross_entropy(p, y) + F.cross_entropy(p, 3-y), lambda p,y: (F.cross_entropy(p, y, reduction='none')*w[y]).mean(), lambda p,y: F.cross_entropy(p + nn.Embedding(c, c)(y), y)], ids=['dice','margin','other targets','weights','input'])
+def test_a_part_that_is_trained_unmixed(f):
+    with pytest.raises(RuntimeError, match='trains on targets of a mixed batch'): called(f, x.clone().requires_grad_(), y)
+
+def test_metrics_may_use_the_targets():
+    def f(p, y):
+        assert 0<=(p.argmax(1)==y).float().mean()<=1 and p.detach()[range(bs),y].shape==(bs,)
+        with torch.no_grad(): dice(p, y)
+        return F.cross_entropy(p, y)
+    torch.testing.assert_close(called(f, x.clone().requires_grad_(), y), by_sample(F.cross_entropy))
 
 def test_a_part_of_the_targets():
     with pytest.raises(ValueError, match=r'cross_entropy is called with a part of the targets, of shape \(3,\)'): called(lambda p,y: F.cross_entropy(p[:3], y[:3]), x, y)

@@ -527,7 +527,7 @@ def test_losses_that_have_no_name(f, mixer):
         def training_step(self, batch, batch_idx):
             pred,y = self(batch['img']),batch['label']
             loss,plan = f(self, pred, y),mixing(self).record.plan
-            u = [-pred.log_softmax(1)[range(len(y)),o] for o in (y,y[plan.idx])]
+            u = [-pred.detach().log_softmax(1)[range(len(y)),o] for o in (y,y[plan.idx])]
             self.recs[-1].update(loss=loss.item(), want=(plan.lam*u[0] + (1-plan.lam)*u[1]).mean().item())
             return loss
     module = Step()
