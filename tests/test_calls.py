@@ -97,7 +97,8 @@ def test_a_loss_that_is_not_mixed(f):
 def dice(p, y): return 1-(2*(p.softmax(1)*F.one_hot(y, c)).sum()/(2*len(y)))
 
 @pytest.mark.parametrize('f', [lambda p,y: F.cross_entropy(p, y) + dice(p, y), lambda p,y: F.cross_entropy(p - .3*F.one_hot(y, c), y),
-    lambda p,y: F.cross_entropy(p, y) + F.cross_entropy(p, 3-y), lambda p,y: (F.cross_entropy(p, y, reduction='none')*w[y]).mean(), lambda p,y: F.cross_entropy(p + nn.Embedding(c, c)(y), y)], ids=['dice','margin','other targets','weights','input'])
+    lambda p,y: F.cross_entropy(p, y) + F.cross_entropy(p, 3-y), lambda p,y: (F.cross_entropy(p, y, reduction='none')*w[y]).mean(),
+    lambda p,y: F.cross_entropy(p + nn.Embedding(c, c)(y), y)], ids=['dice','margin','other targets','weights','input'])
 def test_a_part_that_is_trained_unmixed(f):
     with pytest.raises(RuntimeError, match='trains on targets of a mixed batch'): called(f, x.clone().requires_grad_(), y)
 
