@@ -49,7 +49,7 @@ class MixCalls(TorchFunctionMode):
     ):
         super().__init__()
         self.plan,self.y_int,self.soft,self.strict,self.loss = plan,y_int,soft,strict,MixLoss(F.cross_entropy, plan, yb, True)   # whose targets are never blended
-        self.made = {id(y): y for y,m in zip(self.loss.yb, self.loss.mixed) if m}   # the targets, and what is made of them
+        self.made = {id(y): (y,{i}) for i,(y,m) in enumerate(zip(self.loss.yb, self.loss.mixed)) if m}   # what is made of which targets
 
     def __enter__(self):
         super().__enter__()
@@ -69,9 +69,10 @@ class MixCalls(TorchFunctionMode):
         kwargs = kwargs or {}
         if f not in functional_losses: return self.call(f, args, kwargs)
         options = functional_losses[f].bind(*args, **kwargs).arguments
-        y = self.target_of(options['target'], f)
+        own = {k: v for k,v in options.items() if k not in ('input','target') and v is not None}
+        y = None if self.made_of(own) else self.target_of(options['target'], f)
         if y is None: return self.call(f, args, kwargs)
-        loss_func = partial(f, **{k: v for k,v in options.items() if k not in ('input','target') and v is not None})
+        loss_func = partial(f, **own)
         res = MixLoss(loss_func, y_int=self.y_int, soft=self.soft)(options['input'], y, plan=self.plan)
         self.loss.calls.append(self.loss.yb)
         self.loss.results.append(res)
@@ -79,19 +80,23 @@ class MixCalls(TorchFunctionMode):
 
     def call(self, f, args, kwargs):
         "Call `f`, and note what it makes of the targets; a `RuntimeError` if that is trained"
-        res = f(*args, **kwargs)
-        if not any(id(o) in self.made for o in tensors_in((args,kwargs))): return res
-        made = [o for o in tensors_in(res) if isinstance(o, Tensor)]
+        res,which = f(*args, **kwargs),self.made_of((args,kwargs))
+        if not which: return res
+        made = [o for o in tensors_in(args[:1] if res is None else res) if isinstance(o, Tensor)]   # None: written into the first
         if any(o.requires_grad for o in made): raise RuntimeError(
             f'{getattr(f, "__name__", f)} trains on targets of a mixed batch outside of the losses of torch.nn.functional, where only the own targets of the samples would count: '
             'have MixLoss(loss_func) mix the whole loss, or detach the predictions if this is not trained, as in a metric')
-        self.made.update({id(o): o for o in made})
+        self.made.update({id(o): (o,which) for o in made})
         return res
+
+    def made_of(self, o):
+        "The numbers of the targets that tensors in `o` are made of"
+        return set().union(*(self.made[id(t)][1] for t in tensors_in(o) if id(t) in self.made))
 
     def target_of(self, c, f):
         "The target of the batch that `c` is made of, (n, ...), as `c` has it; None if there is none, or if it was cut"
-        for own,y,m in zip(self.loss.yb, self.loss.targets, self.loss.mixed):
-            if not m or not is_made_of(c, own): continue
-            if c.numel()==own.numel() and len(c)==len(own): return y.to(c.dtype).reshape(len(y), *c.shape[1:])
-            raise ValueError(f'{f.__name__} is called with a part of the targets, of shape {tuple(c.shape)}, or with samples joined, and cannot be mixed: '
+        for i in self.made_of(c):
+            own,y = self.loss.yb[i],self.loss.targets[i]
+            if c.shape[:1]==own.shape[:1] and c.flatten().equal(own.flatten().to(c)): return y.to(c.dtype).reshape(len(y), *c.shape[1:])
+            if is_view(c, own): raise ValueError(f'{f.__name__} is called with a part of the targets, of shape {tuple(c.shape)}, or with samples joined, and cannot be mixed: '
                 f'call it with one row for each of the {len(own)} samples')

@@ -63,6 +63,7 @@ class MixTrainer(Trainer):
     ):
         super().__init__(*args, **kwargs)
         self.mixer,self.plan,self.batch = check_mixer(mixer, 'MixTrainer(..., mixer=MixUp(.4))'),None,(-1,0)
+        self.checked = set()   # kinds of batches of tokens, with padding and without, that the model has been tried on
         if self.mixer.second_loader or type(mixer).mix_inputs is not MixHandler.mix_inputs: raise ValueError(
             f'{mixer!r} cannot mix in a Trainer, which has no second loader, and no layer to mix behind: use MixUp(.4), or partners of the same batch')
         if self.label_smoother is not None: self.label_smoother = partial(_smoothed_loss, self.label_smoother.epsilon)
@@ -74,9 +75,26 @@ class MixTrainer(Trainer):
         labels = inputs['labels']
         def embed(ids): return self.accelerator.unwrap_model(model).get_input_embeddings()(ids)   # models of audio have none
         inputs = {k: v for k,v in inputs.items() if k!='labels'}
+        if 'input_ids' in inputs: self.check_embeddings(self.accelerator.unwrap_model(model), inputs, embed)
         self.plan = plan = self.draw(inputs, labels, embed)
         with MixCalls(plan, labels, y_int=self.mixer.y_int, soft=self.mixer.soft) as y:
             return super().compute_loss(model, mix_named_inputs(plan, inputs, embed) | dict(labels=y), return_outputs, **kwargs)
+
+    @torch.no_grad()
+    def check_embeddings(self, model, inputs, embed):
+        "Raise a `ValueError` if the model predicts otherwise from embeddings than from tokens; tried on the first batch with padding, and the first without"
+        mask = inputs.get('attention_mask')
+        padded = mask is not None and bool((mask==0).any())
+        if padded in self.checked: return
+        model.eval()
+        others = {k: v for k,v in inputs.items() if k!='input_ids'}
+        outputs = model(**inputs),model(**others, inputs_embeds=embed(inputs['input_ids']))
+        preds = [o['logits'] if isinstance(o, dict) else o[0] for o in outputs]
+        model.train()
+        if not torch.allclose(*preds, rtol=1e-2, atol=1e-3): raise ValueError(
+            f'{type(model).__name__} predicts otherwise from inputs_embeds than from input_ids, as models do that look for the last token by its padding: '
+            'its texts cannot be mixed here, so use a model that pools by attention_mask, such as BERT')
+        self.checked.add(padded)
 
     def draw(self,
         inputs:dict, # Inputs of a batch, by name

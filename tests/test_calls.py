@@ -80,6 +80,32 @@ def test_several_targets():
     with MixCalls(plan, y, t) as (a,b): loss = F.cross_entropy(x, a) + F.mse_loss(x[:,:1], b)
     torch.testing.assert_close(loss, by_sample(F.cross_entropy) + F.mse_loss(x[:,:1], plan.mix(t)))
 
+@pytest.mark.parametrize('both', [torch.tensor([[1,2],[3,0],[2,1],[0,3],[1,1],[2,0],[3,3]]), torch.stack([y,y], 1)], ids=['columns','alike'])
+def test_columns_of_one_tensor_are_different_targets(both):
+    a,b = both.clone().unbind(1)
+    with MixCalls(plan, a, b) as (u,v): loss = F.cross_entropy(x, u) + 2*F.cross_entropy(-x, v)
+    torch.testing.assert_close(loss, by_sample(F.cross_entropy, y=a) + 2*by_sample(F.cross_entropy, pred=-x, y=b))
+
+def test_targets_that_are_alike_in_this_batch_but_not_their_partners():
+    a,b = torch.randint(c, (2*bs,)),torch.randint(c, (2*bs,))
+    b[:bs] = a[:bs]
+    second = Plan.of(torch.arange(bs)+bs, torch.rand(bs), n=2*bs)
+    with MixCalls(second, a, b) as (_,v): loss = F.cross_entropy(x, v)
+    torch.testing.assert_close(loss, by_sample(F.cross_entropy, plan=second, y=b))
+
+def test_many_classes_are_told_apart():
+    large,p = torch.randint(900, 999, (bs,)),torch.randn(bs, 1000, requires_grad=True)
+    with pytest.raises(RuntimeError, match='trains on targets'): called(lambda p,y: F.cross_entropy(p, y) + F.cross_entropy(p, y+1), p, large)
+
+def write_into(p, y):
+    p = p*1
+    p[F.one_hot(y, c)>0] = 0.
+    return F.cross_entropy(p, y)
+
+@pytest.mark.parametrize('f', [write_into, lambda p,y: F.binary_cross_entropy_with_logits(p, torch.ones(bs, c), weight=1.+F.one_hot(y, c))], ids=['written','weight'])
+def test_what_is_written_or_weighed_by_targets(f):
+    with pytest.raises(RuntimeError, match='trains on targets'): called(f, x.clone().requires_grad_(), y)
+
 def test_partners_from_elsewhere():
     more = torch.cat([y,torch.randint(c, (bs,))])
     second = Plan.of(torch.arange(bs)+bs, torch.rand(bs), n=2*bs)

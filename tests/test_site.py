@@ -68,7 +68,7 @@ def test_pages(site, url, page):
     names = [o.relative_to(site).as_posix() for o in site.rglob('*.html')]
     assert {'index.html', 'mixers.html', 'inside.html'} <= set(names)
     for name in names:
-        page.goto(url+name)
+        page.goto(url+name, wait_until='networkidle')
         for look in ('light', 1280), ('dark', 1280), ('light', 390): check_look(page, name, *look)
 
 def test_two_photographs_are_mixed_by_hand(url, page):

@@ -1,6 +1,6 @@
 "Hugging Face's Trainer: its mixed loss against the formula, sample by sample"
 import warnings
-import numpy as np, pytest, torch, torch.nn.functional as F
+import numpy as np, pytest, torch, torch.nn.functional as F, transformers
 from sklearn.datasets import load_digits
 from torch import nn, tensor
 from fastmix.losses import MixLoss
@@ -8,9 +8,8 @@ from fastmix.manifold import ManifoldMixUp
 from fastmix.mixers import CutMix, MixUp
 from fastmix.plan import Plan
 from fastmix.soft import SoftMix
-transformers = pytest.importorskip('transformers')
 from transformers import ASTConfig, ASTForAudioClassification, BatchEncoding, BertConfig, BertForSequenceClassification, TrainingArguments
-from transformers import ViTConfig, ViTForImageClassification, Wav2Vec2Config, Wav2Vec2ForSequenceClassification
+from transformers import GPT2Config, GPT2ForSequenceClassification, ViTConfig, ViTForImageClassification, Wav2Vec2Config, Wav2Vec2ForSequenceClassification
 from transformers.modeling_outputs import ImageClassifierOutput
 from fastmix.trainer import MixTrainer, mix_named_inputs
 from helpers import begin_rank, run_ranks, save_rank
@@ -140,6 +139,12 @@ def test_masks_count_what_any_part_has():
     (images, vit, .4, r'MixTrainer\(..., mixer=MixUp\(.4\)\)')])
 def test_errors(tmp_path, items, model, mixer, match):
     with pytest.raises((ValueError,TypeError), match=match): run(tmp_path, model(), items, mixer)
+
+def test_a_model_that_looks_at_the_tokens_themselves(tmp_path):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=30, n_positions=8, n_embd=16, n_layer=1, n_head=2, num_labels=3, pad_token_id=0, bos_token_id=1, eos_token_id=1)
+    items = [{k: v for k,v in o.items() if k!='token_type_ids'} for o in texts()]
+    with pytest.raises(ValueError, match='GPT2ForSequenceClassification predicts otherwise from inputs_embeds'): run(tmp_path, GPT2ForSequenceClassification(config), items)
 
 def test_a_model_with_a_loss_that_is_none_of_pytorch_s(tmp_path):
     class Own(ViTForImageClassification):
