@@ -58,10 +58,10 @@ def check_items(
 # %% ../nbs/08a_batch.ipynb #7ca3a459
 def depends_on(
     loss:Tensor, # Loss that is to be trained
-    others:list, # Tensors
+    others:list, # Tensors, or nodes of the graph
 ) -> bool:
     "Does the backward pass of `loss` go through one of `others`?"
-    ends,seen,todo = {o.grad_fn for o in others},set(),[loss.grad_fn]
+    ends,seen,todo = {getattr(o, 'grad_fn', o) for o in others},set(),[loss.grad_fn]
     while todo:
         if ends & {*todo}: return True
         seen.update(todo)

@@ -14,18 +14,21 @@ import torch, torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .batch import *
 from .core import *
 from .losses import *
 from .plan import *
 
 # %% auto #0
-__all__ = ['functional_losses', 'is_view', 'is_made_of', 'MixCalls']
+__all__ = ['functional_losses', 'is_view', 'is_made_of', 'FollowTargets', 'MixCalls']
 
 # %% ../nbs/17b_calls.ipynb #7981af18
 _functions = [f for name,f in vars(F).items() if name[0]!='_' and inspect.isfunction(f)]
 functional_losses = {f: s for f in _functions if [*(s := inspect.signature(f)).parameters][1:2]==['target']}   # with their signatures
 
 # %% ../nbs/17b_calls.ipynb #565b1ba9
+_only_shape = {'new_zeros','new_ones','new_empty','new_full'}   # of what they are called with, as functions whose names end in _like
+
 def _base(o): return o if o._base is None else o._base
 
 def is_view(c, y): return _base(c) is _base(y)   # or both are views of one tensor
@@ -37,19 +40,57 @@ def is_made_of(
     "Is `c` a view of `y`, or `y` in another dtype?"
     return is_view(c, y) or c.numel()==y.numel() and torch.allclose(c.flatten().float(), y.flatten().to(c.device, torch.float), rtol=.01, atol=.01)
 
+# %% ../nbs/17b_calls.ipynb #5a17b0c1
+class FollowTargets(TorchFunctionMode):
+    "Follow what is made of the targets of a mixed batch outside of its loss, and find what is trained on it"
+    def __init__(self,
+        loss:MixLoss, # The loss of this batch
+    ):
+        super().__init__()
+        self.loss,self.trainable = loss,[]
+        self.made = {id(y): (y,{i}) for i,(y,m) in enumerate(zip(loss.yb, loss.mixed)) if m}   # what is made of which targets
+
+    def __torch_function__(self, f, types, args=(), kwargs=None):
+        in_loss = sum(map(self.loss.is_for, self.loss.calls)) > len(self.loss.results)
+        return f(*args, **(kwargs or {})) if torch.compiler.is_compiling() or in_loss else self.call(f, args, kwargs or {})
+
+    def call(self, f, args, kwargs):
+        "Call `f`, and note what it makes of the targets"
+        res,name = f(*args, **kwargs),getattr(f, '__name__', str(f))
+        which = set() if name.endswith('_like') or name in _only_shape else self.made_of((args,kwargs))
+        if not which: return res
+        made = [o for o in tensors_in(args[:1] if res is None else res) if isinstance(o, Tensor)]   # None: written into the first
+        self.made.update({id(o): (o,which) for o in made})
+        self.trainable += [(name,o.grad_fn) for o in made if o.grad_fn is not None]
+        return res
+
+    def made_of(self, o):
+        "The numbers of the targets that tensors in `o` are made of"
+        return set().union(*(self.made[id(t)][1] for t in tensors_in(o) if id(t) in self.made))
+
+    def check_trained(self,
+        losses:list, # Tensors
+    ):
+        "Raise a `RuntimeError` if one of `losses` is made of targets in another way than by the loss of the batch"
+        for name,node in self.trainable:
+            if any(depends_on(o, [node]) for o in losses): raise self.error(name)
+
+    def error(self, name): return RuntimeError(
+        f'{name} trains on targets of a mixed batch outside of the loss that is mixed, where only the own targets of the samples would count: '
+        'compute all of it in one loss, as MixLoss(loss_func) or Mixing(mixer, loss="loss_func") mix it, or detach the predictions if this is not trained, as in a metric')
+
 # %% ../nbs/17b_calls.ipynb #72ac20e3
-class MixCalls(TorchFunctionMode):
+class MixCalls(FollowTargets):
     "Mix the calls of PyTorch's losses: `with MixCalls(plan, y) as y: loss = model(plan.mix(x), labels=y).loss`"
     def __init__(self,
         plan:Plan, # How the batch is mixed
         *yb:Tensor, # Targets of the batch, each (n, ...)
         y_int:bool=None, # Mix the losses (True) or the targets (False)? By default, each loss and the target's type decide
         soft:bool=False, # Pass the losses probabilities, one-hot and mixed, instead of mixing them?
-        strict:bool=True, # Raise an error at the end if no loss was mixed?
+        strict:bool=True, # Raise errors? Otherwise call `check` and `check_trained`
     ):
-        super().__init__()
-        self.plan,self.y_int,self.soft,self.strict,self.loss = plan,y_int,soft,strict,MixLoss(F.cross_entropy, plan, yb, True)   # whose targets are never blended
-        self.made = {id(y): (y,{i}) for i,(y,m) in enumerate(zip(self.loss.yb, self.loss.mixed)) if m}   # what is made of which targets
+        super().__init__(MixLoss(F.cross_entropy, plan, yb, True))   # whose targets are never blended
+        self.plan,self.y_int,self.soft,self.strict = plan,y_int,soft,strict
 
     def __enter__(self):
         super().__enter__()
@@ -67,7 +108,7 @@ class MixCalls(TorchFunctionMode):
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if f not in functional_losses: return self.call(f, args, kwargs)
+        if f not in functional_losses: return super().__torch_function__(f, types, args, kwargs)
         options = functional_losses[f].bind(*args, **kwargs).arguments
         own = {k: v for k,v in options.items() if k not in ('input','target') and v is not None}
         y = None if self.made_of(own) else self.target_of(options['target'], f)
@@ -79,19 +120,9 @@ class MixCalls(TorchFunctionMode):
         return res
 
     def call(self, f, args, kwargs):
-        "Call `f`, and note what it makes of the targets; a `RuntimeError` if that is trained"
-        res,which = f(*args, **kwargs),self.made_of((args,kwargs))
-        if not which: return res
-        made = [o for o in tensors_in(args[:1] if res is None else res) if isinstance(o, Tensor)]   # None: written into the first
-        if any(o.requires_grad for o in made): raise RuntimeError(
-            f'{getattr(f, "__name__", f)} trains on targets of a mixed batch outside of the losses of torch.nn.functional, where only the own targets of the samples would count: '
-            'have MixLoss(loss_func) mix the whole loss, or detach the predictions if this is not trained, as in a metric')
-        self.made.update({id(o): (o,which) for o in made})
+        res = super().call(f, args, kwargs)
+        if self.strict and self.trainable: raise self.error(self.trainable[-1][0])
         return res
-
-    def made_of(self, o):
-        "The numbers of the targets that tensors in `o` are made of"
-        return set().union(*(self.made[id(t)][1] for t in tensors_in(o) if id(t) in self.made))
 
     def target_of(self, c, f):
         "The target of the batch that `c` is made of, (n, ...), as `c` has it; None if there is none, or if it was cut"

@@ -130,12 +130,16 @@ def _backwards(module):
     with _shadowed(module, 'manual_backward', note): yield losses
 
 @patch
+@contextmanager
 def mixed_loss(self:Mixing, owner, name):
-    "A context in which the loss of the batch is mixed: an attribute of the module, or any of PyTorch's losses"
-    if self.path: return _shadowed(owner, name, self.record.loss)
-    calls = MixCalls(self.record.target_plan, *self.record.ys, y_int=self.mixer.y_int, soft=self.mixer.soft, strict=False)
-    self.record.loss = calls.loss
-    return calls
+    "A context in which the loss of the batch is mixed: an attribute of the module, or any of PyTorch's losses. It yields what follows the targets"
+    record = self.record
+    if self.path:
+        with _shadowed(owner, name, record.loss), FollowTargets(record.loss) as follow: yield follow
+    else:
+        follow = MixCalls(record.target_plan, *record.ys, y_int=self.mixer.y_int, soft=self.mixer.soft, strict=False)
+        record.loss = follow.loss
+        with follow: yield follow
 
 @patch
 def mixed_step(self:Mixing, trainer, module, step, batch, *args, **kwargs):
@@ -150,11 +154,11 @@ def mixed_step(self:Mixing, trainer, module, step, batch, *args, **kwargs):
     self.scheduled = self.mixer.hyper_parameters(pct)
     self.record = record = self.mixer.mix_batch(*b, getattr(owner, name), module, pct, in_order)
     try:
-        with self.mixed_loss(owner, name), _backwards(module) as trained:
+        with self.mixed_loss(owner, name) as follow, _backwards(module) as trained:
             res = step(self.keys.replace(batch, record.mixed_xb, record.loss.yb), *args, **kwargs)
         if module.automatic_optimization: trained = [res['loss'] if isinstance(res, Mapping) else res]
         if res is None and module.automatic_optimization: record.inputs.close()   # the module skips this batch
-        else: self.check(trained)
+        else: self.check(trained, follow)
     except BaseException:
         record.close()
         raise
@@ -170,7 +174,8 @@ def _as_loaded(trainer, keys, batch):
 # %% ../nbs/18_lightning.ipynb #ac3a19b7
 @patch
 def check(self:Mixing,
-    trained:list=(), # Losses that the step trains on
+    trained:list, # Losses that the step trains on
+    follow:FollowTargets, # What it has made of the targets
 ):
     "Raise an error if the model has not read its inputs, or if the loss of this batch was not mixed, or is not what is trained"
     record,loss = self.record,f'self.{self.path}' if self.path else 'a loss of torch.nn.functional'
@@ -180,15 +185,12 @@ def check(self:Mixing,
         f'have it call {loss}(pred, y), with y itself, no copy or view, or name the loss that it calls, as in Mixing(MixUp(.4), loss="criterion"). '
         'A loss of your own that is a property, or in a list or dict, must be made an attribute')
     graphs,mixed = [o for o in trained if getattr(o, 'grad_fn', None) is not None],record.loss.results
-    unreduced = [o for o in mixed if isinstance(o, Tensor) and o.ndim]
-    if unreduced and any(depends_on(o, unreduced) for o in graphs): raise ValueError(
-        f'{loss} returns more than one value, and what training_step makes of them by its targets, such as a weighted mean, is not mixed: '
-        f'have {loss} return one value, as with reduction="mean", and make the mean in there')
     if mixed and graphs and not any(depends_on(o, mixed) for o in graphs): raise RuntimeError(
         f'training_step has called {loss}, but trains another loss, which uses the labels of one part only: have it return what {loss} returns, '
         'or pass the name of the loss that it trains, as in Mixing(MixUp(.4), loss="criterion")')
     calls = [o for call in record.loss.calls if not record.loss.is_for(call) for o in call if isinstance(o, Tensor)]
     if calls: self.check_other_calls(calls)
+    follow.check_trained(graphs)
 
 # %% ../nbs/18_lightning.ipynb #8b85324f
 @patch

@@ -49,6 +49,30 @@ def test_the_gradient():
     by_sample(F.cross_entropy, pred=b).backward()
     torch.testing.assert_close(a.grad, b.grad)
 
+def test_compiled_once():
+    "The outside of the model is mixed for each batch; the model is not compiled anew"
+    compiled = []
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+    model = nn.Linear(c, c)
+    fast = torch.compile(model, backend=backend)
+    for i in range(4):
+        plan,x,y = Plan.of(torch.randperm(bs), torch.rand(bs)),torch.randn(bs, c),torch.randint(c, (bs,))
+        loss = called(lambda p,y: F.cross_entropy(fast(p), y), x, y, plan)
+        torch.testing.assert_close(loss, by_sample(F.cross_entropy, plan=plan, pred=model(x), y=y))
+    assert len(compiled)==1
+
+def test_a_compiled_model_that_computes_its_loss():
+    def whole(x, labels): return F.cross_entropy(x.tanh(), labels)
+    fast = torch.compile(whole, backend='eager')
+    for i in range(4):
+        plan,x,y = Plan.of(torch.randperm(bs), torch.rand(bs)),torch.randn(bs, c),torch.randint(c, (bs,))
+        torch.testing.assert_close(called(fast, x, y, plan), by_sample(F.cross_entropy, plan=plan, pred=x.tanh(), y=y))
+
+def test_the_shape_of_targets_may_be_used():
+    called(lambda p,y: F.cross_entropy(p+torch.zeros_like(y)[:,None]+y.new_ones(1), y), x.clone().requires_grad_(), y)
+
 def test_a_loss_inside_of_a_model():
     class Model(nn.Module):
         def __init__(self):
@@ -117,7 +141,7 @@ def test_a_batch_that_is_not_mixed_needs_no_loss():
 @pytest.mark.parametrize('f', [lambda p,y: -p.log_softmax(1)[range(bs),y].mean(), lambda p,y: F.cross_entropy(p, y.flip(0)),
     lambda p,y: F.cross_entropy(p[y>0], y[y>0])], ids=['own','order','indexed'])
 def test_a_loss_that_is_not_mixed(f):
-    with pytest.raises(RuntimeError, match='trains on targets of a mixed batch outside of the losses'): called(f, x.clone().requires_grad_(), y)
+    with pytest.raises(RuntimeError, match='trains on targets of a mixed batch outside of the loss'): called(f, x.clone().requires_grad_(), y)
     with pytest.raises(RuntimeError, match='This batch is mixed, but its loss was not.*MixLoss'): called(f, x, y)   # nothing is trained
 
 def dice(p, y): return 1-(2*(p.softmax(1)*F.one_hot(y, c)).sum()/(2*len(y)))

@@ -464,8 +464,20 @@ class Weighted(Digits):
 def test_a_mean_that_the_step_makes_of_the_losses_of_samples():
     module = Weighted(loss=nn.CrossEntropyLoss(reduction='none'))
     before = {k: v.clone() for k,v in module.state_dict().items()}
-    with pytest.raises(ValueError, match='returns more than one value.*reduction="mean"'): fit(module, MixUp(1.))
+    with pytest.raises(RuntimeError, match='trains on targets of a mixed batch outside'): fit(module, MixUp(1.))
     assert all(before[k].equal(v) for k,v in module.state_dict().items())
+
+class Hardest(Digits):
+    "Trains on the hardest mixtures, whatever their labels"
+    def training_step(self, batch, batch_idx):
+        x,y = self.shape.take(batch)
+        pred = self(x)
+        plan,u = mixing(self).record.plan,self.loss_func(pred, y)
+        want = plan.lam*F.cross_entropy(pred, y, reduction='none') + (1-plan.lam)*F.cross_entropy(pred, y[plan.idx], reduction='none')
+        torch.testing.assert_close(u, want)
+        return u.topk(4).values.mean()
+
+def test_losses_of_samples_that_the_step_reduces_without_labels(): fit(Hardest(loss=nn.CrossEntropyLoss(reduction='none')), MixUp(1.))
 
 def test_a_call_of_the_loss_with_other_targets_is_a_warning():
     "Such as domains, or the output of a teacher: they may happen to equal the targets"
@@ -731,6 +743,55 @@ def test_what_is_added_to_the_mixed_loss():
             pred = self(x)
             return dict(loss=self.loss_func(pred, y)/2 + pred.square().mean())
     fit(Adds(), MixUp(1.))
+
+class Margin(TwoLosses):
+    "A head that looks at the labels, as ArcFace does"
+    def training_step(self, batch, batch_idx):
+        x,y = self.shape.take(batch)
+        return self.finish(self.loss_func(self.logits(self(x), y), y), y)
+    def logits(self, pred, y): return pred - .5*F.one_hot(y, 10)
+    def finish(self, loss, y): return loss
+
+class Scattered(Margin):
+    def logits(self, pred, y): return pred.scatter_add(1, y[:,None], torch.full_like(pred, -.5))
+
+class Written(Margin):
+    def logits(self, pred, y):
+        pred[range(len(y)),y] -= .5
+        return pred
+
+class Forced(Margin):
+    "A decoder that reads the labels"
+    def mk_model(self):
+        self.emb = nn.Embedding(10, 10)
+        return super().mk_model()
+    def logits(self, pred, y): return pred + self.emb(y)
+
+class Weights(Margin):
+    "The mixed mean, by a weight that the labels decide"
+    def logits(self, pred, y): return pred
+    def finish(self, loss, y): return loss*(y==3).float().mean()
+
+class Center(Margin):
+    "A second loss of the labels"
+    def logits(self, pred, y): return pred
+    def finish(self, loss, y): return loss + .1*self.model[-1].weight[y].square().mean()
+
+@pytest.mark.parametrize('cls', [Margin,Scattered,Written,Forced,Weights,Center])
+def test_what_is_trained_on_labels_beside_the_loss(cls):
+    module = cls()
+    before = deepcopy(module.state_dict())
+    with pytest.raises(RuntimeError, match='trains on targets of a mixed batch outside of the loss'): fit(module, MixUp(1.))
+    assert unchanged(module, before)
+
+def test_what_is_only_logged_may_use_the_labels():
+    class Logs(Margin):
+        def logits(self, pred, y):
+            self.log('margin', (pred*F.one_hot(y, 10)).sum(1).mean())
+            self.log('accuracy', (pred.argmax(1)==y).float().mean())
+            self.log('other', F.cross_entropy(pred, y))
+            return pred
+    fit(Logs(), MixUp(1.))
 
 def test_several_targets_for_metrics():
     class Both(Digits):
