@@ -27,8 +27,6 @@ _functions = [f for name,f in vars(F).items() if name[0]!='_' and inspect.isfunc
 functional_losses = {f: s for f in _functions if [*(s := inspect.signature(f)).parameters][1:2]==['target']}   # with their signatures
 
 # %% ../nbs/17b_calls.ipynb #565b1ba9
-_only_shape = {'new_zeros','new_ones','new_empty','new_full'}   # of what they are called with, as functions whose names end in _like
-
 def _base(o): return o if o._base is None else o._base
 
 def is_view(c, y): return _base(c) is _base(y)   # or both are views of one tensor
@@ -41,32 +39,66 @@ def is_made_of(
     return is_view(c, y) or c.numel()==y.numel() and torch.allclose(c.flatten().float(), y.flatten().to(c.device, torch.float), rtol=.01, atol=.01)
 
 # %% ../nbs/17b_calls.ipynb #5a17b0c1
+_only_shape = {'new_zeros','new_ones','new_empty','new_full'}   # of what they are called with, as functions whose names end in _like
+_linear = {'mean','sum','view','reshape','flatten','squeeze','unsqueeze','getitem','mul','rmul','imul','div','truediv','true_divide','idiv','to','float','double','topk','sort',
+    'masked_select','where','index_select','dot','clone','contiguous','neg','expand','nanmean','permute','transpose'}
+_additive = {'add','radd','iadd','sub','rsub','isub','stack','cat','sum'}   # linear in several losses at once
+
+def _is_in_place(name): return name in ('__setitem__','__iadd__','__isub__','__imul__','__itruediv__','__ior__','__iand__') or name[-1:]=='_' and name[:2]!='__'
+
 class FollowTargets(TorchFunctionMode):
     "Follow what is made of the targets of a mixed batch outside of its loss, and find what is trained on it"
     def __init__(self,
         loss:MixLoss, # The loss of this batch
     ):
         super().__init__()
-        self.loss,self.trainable = loss,[]
-        self.made = {id(y): (y,{i}) for i,(y,m) in enumerate(zip(loss.yb, loss.mixed)) if m}   # what is made of which targets
+        self.loss,self.trainable,self.terms,self.written = loss,[],{},{}   # what is trained on targets, (name, node of the graph); by id: what is linear in losses of samples, what targets were written into
+        self.made = {id(y): (y,{i},i) for i,(y,m) in enumerate(zip(loss.yb, loss.mixed)) if m}   # by id: a tensor, the targets that it is made of, and how
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
-        in_loss = sum(map(self.loss.is_for, self.loss.calls)) > len(self.loss.results)
+        in_loss = self.loss.calls and sum(map(self.loss.is_for, self.loss.calls)) > len(self.loss.results)
         return f(*args, **(kwargs or {})) if torch.compiler.is_compiling() or in_loss else self.call(f, args, kwargs or {})
 
     def call(self, f, args, kwargs):
-        "Call `f`, and note what it makes of the targets"
+        "Call `f`, and note what it makes of the targets, and of the losses of samples"
         res,name = f(*args, **kwargs),getattr(f, '__name__', str(f))
-        which = set() if name.endswith('_like') or name in _only_shape else self.made_of((args,kwargs))
-        if not which: return res
         made = [o for o in tensors_in(args[:1] if res is None else res) if isinstance(o, Tensor)]   # None: written into the first
-        self.made.update({id(o): (o,which) for o in made})
-        self.trainable += [(name,o.grad_fn) for o in made if o.grad_fn is not None]
+        if made and name[-5:]!='_like' and name not in _only_shape: self.note(name, made, f, args, kwargs)
         return res
+
+    def note(self, name, made, f, args, kwargs):
+        "Note that `f` makes the tensors `made` of `args` and `kwargs`"
+        which,short = self.made_of((args,kwargs)),name.strip('_')
+        terms = [t for t in tensors_in((args,kwargs)) if id(t) in self.terms or any(t is o for o in self.loss.results) and t.ndim] if self.loss.results else ()
+        linear = short in _additive or len(terms)==1 and short in _linear
+        if terms and linear: self.terms.update({id(o): o for o in made if o.ndim})
+        if which and _is_in_place(name): self.written.update({id(o): (o,which,None) for o in (made[0],_base(made[0]))})
+        elif which: self.made.update({id(o): (o,which,(f,args,kwargs,i)) for i,o in enumerate(made) if id(o) not in self.made})   # a function may return its argument
+        if which or terms and not linear: self.trainable += [(name,o.grad_fn) for o in made if o.grad_fn is not None]
+
+    def how_made(self, t):
+        "What `made` holds of `t`, or of the tensor that it is a view of if that was written to; None if it is not made of targets"
+        if not isinstance(t, Tensor): return None
+        with torch._C.DisableTorchFunctionSubclass(): whole = self.written and self.written.get(id(_base(t)))
+        return whole or self.made.get(id(t))
 
     def made_of(self, o):
         "The numbers of the targets that tensors in `o` are made of"
-        return set().union(*(self.made[id(t)][1] for t in tensors_in(o) if id(t) in self.made))
+        return set().union(*(how[1] for how in map(self.how_made, tensors_in(o)) if how))
+
+    def remake(self,
+        o, # A tensor that is made of the targets, or anything else
+        ys:tuple, # Other targets, as those of the batch
+    ):
+        "What `o` would be if the targets had been `ys`; a `ValueError` if it was written to in place"
+        if not self.how_made(o): return o
+        how = self.how_made(o)[2]
+        if isinstance(how, int): return ys[how]
+        if how is None: raise ValueError('A loss is called with a tensor that targets of a mixed batch were written into, which cannot be done for those of the partners: '
+            'make the target by functions that return a new tensor, such as F.one_hot(y, c) or torch.where')
+        f,args,kwargs,i = how
+        args,kwargs = map_tensors(partial(self.remake, ys=ys), (args,kwargs))
+        return [t for t in tensors_in(f(*args, **kwargs)) if isinstance(t, Tensor)][i]
 
     def check_trained(self,
         losses:list, # Tensors
@@ -76,7 +108,7 @@ class FollowTargets(TorchFunctionMode):
             if any(depends_on(o, [node]) for o in losses): raise self.error(name)
 
     def error(self, name): return RuntimeError(
-        f'{name} trains on targets of a mixed batch outside of the loss that is mixed, where only the own targets of the samples would count: '
+        f'{name} trains on targets of a mixed batch outside of the loss that is mixed, or on losses of its samples, where only the own targets of the samples would count: '
         'compute all of it in one loss, as MixLoss(loss_func) or Mixing(mixer, loss="loss_func") mix it, or detach the predictions if this is not trained, as in a metric')
 
 # %% ../nbs/17b_calls.ipynb #72ac20e3
@@ -89,8 +121,13 @@ class MixCalls(FollowTargets):
         soft:bool=False, # Pass the losses probabilities, one-hot and mixed, instead of mixing them?
         strict:bool=True, # Raise errors? Otherwise call `check` and `check_trained`
     ):
+        if plan.n==1: plan = unmixed_plan(len(plan.pairs)).to(plan.pairs.device)
         super().__init__(MixLoss(F.cross_entropy, plan, yb, True))   # whose targets are never blended
-        self.plan,self.y_int,self.soft,self.strict = plan,y_int,soft,strict
+        plan = self.loss.plan
+        self.y_int,self.soft,self.strict,self.grad = y_int,soft,strict,torch.is_grad_enabled()
+        self.parts = [*zip(*(plan.gather(y).transpose(0, 1).contiguous() if m else [y]*plan.k for y,m in zip(self.loss.targets, self.loss.mixed)))]   # the targets of each part
+        n = plan.pairs.numel()
+        self.plan = Plan(torch.arange(n, device=plan.pairs.device).view(plan.k, -1).T, plan.weights, n=n)   # for these, one part after the other
 
     def __enter__(self):
         super().__enter__()
@@ -103,7 +140,7 @@ class MixCalls(FollowTargets):
     def check(self):
         "Raise a `RuntimeError` if the batch is mixed, and no loss was"
         if any(self.loss.mixed) and not self.loss.results: raise RuntimeError(
-            'This batch is mixed, but its loss was not: none of the losses of torch.nn.functional was called with its targets, or all of their values in a view. '
+            'This batch is mixed, but its loss was not: none of the losses of torch.nn.functional was called with what is made of its targets, or only inside of a reentrant checkpoint. '
             'Call one, such as F.cross_entropy(pred, y), or mix your loss with MixLoss(loss_func) and the plan')
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
@@ -111,12 +148,11 @@ class MixCalls(FollowTargets):
         if f not in functional_losses: return super().__torch_function__(f, types, args, kwargs)
         options = functional_losses[f].bind(*args, **kwargs).arguments
         own = {k: v for k,v in options.items() if k not in ('input','target') and v is not None}
-        y = None if self.made_of(own) else self.target_of(options['target'], f)
-        if y is None: return self.call(f, args, kwargs)
-        loss_func = partial(f, **own)
-        res = MixLoss(loss_func, y_int=self.y_int, soft=self.soft)(options['input'], y, plan=self.plan)
-        self.loss.calls.append(self.loss.yb)
-        self.loss.results.append(res)
+        if self.made_of((own,options['input'])) or not self.made_of(options['target']): return self.call_unmixed(f, args, kwargs, options['target'])
+        res = self.mixed(f, options['input'], options['target'], own)
+        if torch.is_grad_enabled()==self.grad:   # not in the first pass of a reentrant checkpoint, whose second pass is outside
+            self.loss.calls.append(self.loss.yb)
+            self.loss.results.append(res)
         return res
 
     def call(self, f, args, kwargs):
@@ -124,10 +160,21 @@ class MixCalls(FollowTargets):
         if self.strict and self.trainable: raise self.error(self.trainable[-1][0])
         return res
 
-    def target_of(self, c, f):
-        "The target of the batch that `c` is made of, (n, ...), as `c` has it; None if there is none, or if it was cut"
-        for i in self.made_of(c):
-            own,y = self.loss.yb[i],self.loss.targets[i]
-            if c.shape[:1]==own.shape[:1] and c.flatten().equal(own.flatten().to(c)): return y.to(c.dtype).reshape(len(y), *c.shape[1:])
-            if is_view(c, own): raise ValueError(f'{f.__name__} is called with a part of the targets, of shape {tuple(c.shape)}, or with samples joined, and cannot be mixed: '
-                f'call it with one row for each of the {len(own)} samples')
+    def call_unmixed(self, f, args, kwargs, y):
+        "Call a loss with other targets than those of the batch, and note that"
+        res = self.call(f, args, kwargs)
+        if res.requires_grad and not y.is_floating_point(): self.loss.calls.append((y,))
+        return res
+
+    def mixed(self, f, pred, y, options):
+        "The loss `f` for what `y` is made of, in each part of the mixtures"
+        loss,bs = MixLoss(partial(f, **options), y_int=self.y_int, soft=self.soft),len(self.loss.yb[0])
+        joined = y.ndim==1 and len(y)!=bs and len(y)%bs==0 and pred.ndim<3   # all places of all samples in one row
+        def rows(o): return o.unflatten(0, (bs,-1)) if joined else o
+        def same(order): return torch.allclose(rows(self.remake(y, tuple(o[order] for o in self.parts[0]))).double(), rows(y)[order].double(), equal_nan=True)
+        order = torch.arange(bs, device=y.device)
+        if not y.ndim or not joined and len(y)!=bs or not (isinstance(self.how_made(y)[2], int) or same(order.flip(0)) and same(order.roll(1))): raise ValueError(
+            f'{f.__name__} is called with some of the samples, or with another order of them, of shape {tuple(y.shape)}, and cannot be mixed: call it with one row for each of the {bs} samples, in order')
+        pred = rows(pred).movedim(2, 1) if joined and pred.ndim==2 else rows(pred)
+        res = loss(pred, torch.cat([rows(self.remake(y, o)) for o in self.parts]), plan=self.plan)
+        return res.flatten() if joined and res.ndim else res

@@ -198,7 +198,7 @@ def check_other_calls(self:Mixing,
     calls:list, # Tensors that the loss was called with as targets, other than those of the batch
 ):
     "Raise an error if these are parts of the batch that the loss does not mix; warn if they come from elsewhere"
-    record,loss,name = self.record,self.record.loss,f'self.{self.path}'
+    record,loss,name = self.record,self.record.loss,f'self.{self.path}' if self.path else 'a loss of torch.nn.functional'
     images = [o for o in record.inputs.xs if o.dtype==torch.uint8 and o.ndim>2]
     if any(is_made_of(c, x) for x in images for c in calls if not c.is_floating_point()): raise ValueError(
         f'training_step calls {name} with integers that {self.mixer!r} has taken for an input, and averaged: pass where the targets are, as in Mixing(MixUp(.4), y=1)')

@@ -36,7 +36,7 @@ class MixMetric(Metric):
     def __init__(self,
         metric, # A fastai metric: a function of predictions and targets, or a `Metric`
     ):
-        self.metric = mk_metric(metric)
+        self.metric = mk_metric(deepcopy(metric))   # fastai's `rmse` is an object, which may be in the learner too
         if isinstance(metric, MixMetric): raise TypeError(f'{metric.name} is a MixMetric already: pass it to the learner as it is')
 
     def reset(self):
@@ -65,6 +65,13 @@ class _WithTargets(GetAttr):
     _default = 'learn'
     def __init__(self, learn, yb): self.learn,self.yb,self.y = learn,yb,detuplify(yb)
 
+def _only(rows, learn, yb, weight):
+    "The learner, targets and weights of some samples: one that is unmixed has no partner"
+    def take(o): return o[rows] if o.ndim and len(o)==len(rows) else o
+    res = _WithTargets(learn, map_tensors(take, yb))
+    res.xb,res.pred = map_tensors(take, (learn.xb,learn.pred))
+    return res,res.yb,weight[rows]
+
 def _values(func, pred, yb):
     "The metric of each sample (bs,), if their mean is the metric of the batch; otherwise that of the batch ()"
     bs,whole = find_bs(yb),torch.as_tensor(func(pred, *yb)).detach().cpu()
@@ -75,6 +82,8 @@ def _values(func, pred, yb):
 
 def _accumulate(metric, learn, yb, weight):
     "Accumulate the predictions of `learn` with the targets `yb`, and return the sum of their weights"
+    if isinstance(weight, Tensor) and (weight<=0).any(): learn,yb,weight = _only(weight>0, learn, yb, weight)
+    if not find_bs(yb): return 0.
     if not isinstance(weight, Tensor) or type(metric).accumulate is not AvgMetric.accumulate:
         metric.accumulate(_WithTargets(learn, yb))
         return weight.sum().item() if isinstance(weight, Tensor) else weight*find_bs(yb)

@@ -36,6 +36,7 @@ def soft_target(
     label_smoothing:float=0., # Fraction ε of the probability that all classes share, 0 to 1
 ) -> Tensor: # (bs, `num_classes`, ...), float; (bs, ...), int, if it is a mask that was cut, with ε = 0
     "The mixed target, as probabilities; a `ValueError` if it cannot be"
+    plan = plan.for_targets
     if y.is_floating_point():
         if y.ndim<2 or y.shape[1]!=num_classes: raise ValueError(f'num_classes={num_classes}, but the target is {y.dtype} of shape {tuple(y.shape)}: '
             'pass classes as integers. Numbers have no classes: train with MixLoss(loss_func) and a plan')
@@ -79,5 +80,10 @@ class SoftMix(nn.Module):
         if len(yb)!=1 or not isinstance(yb[0], Tensor): raise ValueError(f'SoftMix takes one target, a tensor, but {len(yb)} were found: train with MixLoss(loss_func) and a plan')
         plan = plan or unmixed_plan(len(yb[0])).to(yb[0].device)
         return keys.replace(batch, xb, (soft_target(plan, yb[0], self.num_classes, self.label_smoothing),))
+
+    @property
+    def mixup_enabled(self): return self.enabled   # as timm's scripts switch it off
+    @mixup_enabled.setter
+    def mixup_enabled(self, value): self.enabled = value
 
     def extra_repr(self): return f'{self.collate.mixer!r}, num_classes={self.num_classes}, label_smoothing={self.label_smoothing}'

@@ -35,15 +35,21 @@ def mix_named_inputs(
     return {('inputs_embeds' if name=='input_ids' else name): _mix_input(plan, name, v, embed) for name,v in inputs.items()}
 
 def _mix_input(plan, name, v, embed):
-    if not isinstance(v, Tensor) or not v.ndim: return v
+    if not isinstance(v, Tensor): return map_tensors(partial(_mix_named, plan, name), v)
+    return _mix_named(plan, name, v, embed)
+
+def _mix_named(plan, name, v, embed=None):
+    if not v.ndim: return v
     if v.is_floating_point() and not name.endswith('mask'): return plan.mix(v)
-    if name=='input_ids':
+    if name=='input_ids' and embed:
         if plan.region is not None: raise ValueError('Tokens cannot be cut along with images: mix texts with MixUp')
         return plan.mix(embed(v))
     if name.endswith('mask'):
+        if v.ne(0).logical_and(v.ne(1)).any(): raise ValueError(f'{name} must hold only 0 and 1, so that masks can be joined: give an input of other numbers another name')
         parts = plan.gather(v)
         return torch.where((plan.sample_weights>0)[(..., *[None]*(v.ndim-1))], parts, parts[:,:1]).amax(1)
-    if not v.eq(v[:1]).all(): raise ValueError(f'{name} holds integers that differ from sample to sample, and cannot be mixed: pass floats, or leave it out')
+    if not v.eq(v[:1]).all(): raise ValueError(f'{name} holds integers that differ from sample to sample, and cannot be mixed: leave it out, '
+        'or pass floats if they are numbers. MixTrainer mixes no targets but "labels"')
     return plan.unmixed(v)
 
 # %% ../nbs/18a_trainer.ipynb #d78c3c19
@@ -68,9 +74,14 @@ class MixTrainer(Trainer):
             f'{mixer!r} cannot mix in a Trainer, which has no second loader, and no layer to mix behind: use MixUp(.4), or partners of the same batch')
         if self.label_smoother is not None: self.label_smoother = partial(_smoothed_loss, self.label_smoother.epsilon)
 
-    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        "The loss of a batch, mixed in training"
-        if not model.training: return super().compute_loss(model, inputs, return_outputs, **kwargs)
+    def training_step(self, *args, **kwargs):
+        "A step whose `compute_loss`, a subclass's too, gets mixed inputs, and has its loss mixed"
+        self.compute_loss = partial(self.compute_mixed_loss, self.compute_loss)
+        try: return super().training_step(*args, **kwargs)
+        finally: del self.compute_loss
+
+    def compute_mixed_loss(self, compute_loss, model, inputs, *args, **kwargs):
+        "What `compute_loss` returns for the mixed batch"
         if not isinstance(inputs.get('labels'), Tensor): raise ValueError(f'MixTrainer mixes the loss of "labels", but the batch has {", ".join(inputs)}')
         labels = inputs['labels']
         def embed(ids): return self.accelerator.unwrap_model(model).get_input_embeddings()(ids)   # models of audio have none
@@ -78,13 +89,13 @@ class MixTrainer(Trainer):
         if 'input_ids' in inputs: self.check_embeddings(self.accelerator.unwrap_model(model), inputs, embed)
         self.plan = plan = self.draw(inputs, labels, embed)
         with MixCalls(plan, labels, y_int=self.mixer.y_int, soft=self.mixer.soft) as y:
-            return super().compute_loss(model, mix_named_inputs(plan, inputs, embed) | dict(labels=y), return_outputs, **kwargs)
+            return compute_loss(model, mix_named_inputs(plan, inputs, embed) | dict(labels=y), *args, **kwargs)
 
     @torch.no_grad()
     def check_embeddings(self, model, inputs, embed):
         "Raise a `ValueError` if the model predicts otherwise from embeddings than from tokens; tried on the first batch with padding, and the first without"
-        mask = inputs.get('attention_mask')
-        padded = mask is not None and bool((mask==0).any())
+        mask = inputs.get('attention_mask', inputs['input_ids']!=getattr(model.config, 'pad_token_id', None))
+        padded = not bool(torch.as_tensor(mask).all())
         if padded in self.checked: return
         model.eval()
         others = {k: v for k,v in inputs.items() if k!='input_ids'}
@@ -105,7 +116,8 @@ class MixTrainer(Trainer):
         step,i = self.batch
         self.batch = (self.state.global_step,i+1 if step==self.state.global_step else 0)
         self.mixer.set_rng(np.random.default_rng([self.args.seed, self.args.process_index, *self.batch]))
-        xs = [embed(v).detach() if k=='input_ids' else v for k,v in inputs.items() if k=='input_ids' or isinstance(v, Tensor) and v.is_floating_point()]
+        xs = [embed(v).detach() if k=='input_ids' else v for k,o in inputs.items() for v in tensors_in(o) if k=='input_ids' or isinstance(v, Tensor) and v.is_floating_point()]
+        if not xs: raise ValueError(f'MixTrainer mixes inputs that are floats, and tokens, "input_ids", but the batch has none among {", ".join(inputs)}: convert images to floats')
         return self.mixer.draw_batch(tuple(xs), (labels,), pct=self.state.global_step/max(self.state.max_steps, 1))[0]
 
     def log(self, logs, *args, **kwargs):

@@ -1,6 +1,7 @@
 "PyTorch's losses, mixed where they are called: each against its formula, sample by sample"
 import pytest, torch, torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from fastmix.calls import MixCalls, functional_losses
 from fastmix.mixers import CutMix
 from fastmix.plan import Plan, unmixed_plan
@@ -119,7 +120,8 @@ def test_targets_that_are_alike_in_this_batch_but_not_their_partners():
 
 def test_many_classes_are_told_apart():
     large,p = torch.randint(900, 999, (bs,)),torch.randn(bs, 1000, requires_grad=True)
-    with pytest.raises(RuntimeError, match='trains on targets'): called(lambda p,y: F.cross_entropy(p, y) + F.cross_entropy(p, y+1), p, large)
+    got = called(lambda p,y: F.cross_entropy(p, y) + F.cross_entropy(p, y+1), p, large)
+    torch.testing.assert_close(got, by_sample(lambda p,y: F.cross_entropy(p, y) + F.cross_entropy(p, y+1), pred=p, y=large))
 
 def write_into(p, y):
     p = p*1
@@ -138,8 +140,7 @@ def test_partners_from_elsewhere():
 def test_a_batch_that_is_not_mixed_needs_no_loss():
     with MixCalls(unmixed_plan(bs), y) as own: assert own is y
 
-@pytest.mark.parametrize('f', [lambda p,y: -p.log_softmax(1)[range(bs),y].mean(), lambda p,y: F.cross_entropy(p, y.flip(0)),
-    lambda p,y: F.cross_entropy(p[y>0], y[y>0])], ids=['own','order','indexed'])
+@pytest.mark.parametrize('f', [lambda p,y: -p.log_softmax(1)[range(bs),y].mean(), lambda p,y: F.cross_entropy(p[y>0], y[y>0])], ids=['own','indexed'])
 def test_a_loss_that_is_not_mixed(f):
     with pytest.raises(RuntimeError, match='trains on targets of a mixed batch outside of the loss'): called(f, x.clone().requires_grad_(), y)
     with pytest.raises(RuntimeError, match='This batch is mixed, but its loss was not.*MixLoss'): called(f, x, y)   # nothing is trained
@@ -147,10 +148,90 @@ def test_a_loss_that_is_not_mixed(f):
 def dice(p, y): return 1-(2*(p.softmax(1)*F.one_hot(y, c)).sum()/(2*len(y)))
 
 @pytest.mark.parametrize('f', [lambda p,y: F.cross_entropy(p, y) + dice(p, y), lambda p,y: F.cross_entropy(p - .3*F.one_hot(y, c), y),
-    lambda p,y: F.cross_entropy(p, y) + F.cross_entropy(p, 3-y), lambda p,y: (F.cross_entropy(p, y, reduction='none')*w[y]).mean(),
-    lambda p,y: F.cross_entropy(p + nn.Embedding(c, c)(y), y)], ids=['dice','margin','other targets','weights','input'])
+    lambda p,y: (F.cross_entropy(p, y, reduction='none')*w[y]).mean(),
+    lambda p,y: F.cross_entropy(p + nn.Embedding(c, c)(y), y)], ids=['dice','margin','weights','input'])
 def test_a_part_that_is_trained_unmixed(f):
     with pytest.raises(RuntimeError, match='trains on targets of a mixed batch'): called(f, x.clone().requires_grad_(), y)
+
+def focal(p, y):
+    u = F.cross_entropy(p, y, reduction='none')
+    return ((1-(-u).exp())**2*u).mean()
+
+def one_hot(write):
+    def f(p, y):
+        t = torch.zeros(bs, c)
+        write(t, y)
+        return F.cross_entropy(p, y) + 1-(p.softmax(1)*t).sum(1).mean()
+    return f
+
+def by_row(t, y):
+    for row,j in zip(t, y): row[j] = 1
+def by_column(t, y):
+    for j in range(c): t[:,j].copy_(y==j)
+def in_a_view(t, y): t.view(-1)[torch.arange(bs)*c+y] = 1
+def scattered(t, y): t.scatter_(1, y[:,None], 1)
+
+@pytest.mark.parametrize('f', [focal, lambda p,y: F.cross_entropy(p, y, reduction='none').square().mean(), *map(one_hot, (by_row,by_column,in_a_view,scattered))],
+    ids=['focal','squared','by row','by column','in a view','scattered'])
+def test_what_is_made_of_losses_or_written_into_views(f):
+    with pytest.raises(RuntimeError, match='trains on targets of a mixed batch'): called(f, x.clone().requires_grad_(), y)
+
+@pytest.mark.parametrize('f', [lambda u: u.mean(), lambda u: (2*u).view(-1, 1).sum()/5, lambda u: (u*torch.arange(bs)).mean(), lambda u: torch.stack([u,u]).mean()])
+def test_what_is_linear_in_losses_of_samples(f):
+    got = called(lambda p,y: f(F.cross_entropy(p, y, reduction='none')), x.clone().requires_grad_(), y)
+    want = f(torch.stack([sum(w*F.cross_entropy(x[i:i+1], y[j:j+1]) for w,j in zip(ws, js)) for i,(ws,js) in enumerate(zip(plan.sample_weights, plan.pairs))]))
+    torch.testing.assert_close(got, want)
+
+masks,maps = torch.randint(c, (bs,4,4)),torch.randn(bs, c, 4, 4)
+two = torch.stack([y,y.flip(0)], 1)
+nan = torch.where(torch.rand(bs)<.3, torch.nan, torch.randn(bs))
+
+@pytest.mark.parametrize(('f','pred','target'), [
+    (lambda p,y: F.cross_entropy(p, y[:,0]) + F.cross_entropy(2*p, y[:,1]), x, two),
+    (lambda p,y: F.cross_entropy(p, (y+1).clamp(max=c-1)), x, y),
+    (lambda p,y: F.cross_entropy(p[...,::2,::2], y[:,::2,::2]) + F.cross_entropy(p, y), maps, masks),
+    (lambda p,y: F.cross_entropy(p, F.one_hot(y, c).float().argmax(1)), x, y),
+    (lambda p,y: F.cross_entropy(p.transpose(1, 2).reshape(-1, c), y.view(-1)), maps.flatten(2), masks.flatten(1)),
+    (lambda p,y: F.cross_entropy(p.transpose(1, 2).reshape(-1, c), y.reshape(-1), reduction='none').mean(), maps.flatten(2), masks.flatten(1))],
+    ids=['columns','shifted','half the size','one hot','joined','joined, unreduced'])
+def test_what_is_made_of_each_sample_s_target(f, pred, target):
+    torch.testing.assert_close(called(f, pred, target), by_sample(f, pred=pred, y=target))
+
+def test_numbers_that_are_scaled_by_the_batch():
+    t = torch.randn(bs)
+    got = called(lambda p,y: F.mse_loss(p[:,0], (y-y.mean())/y.std()), x, t)
+    torch.testing.assert_close(got, F.mse_loss(x[:,0], plan.mix((t-t.mean())/t.std())))
+
+@pytest.mark.parametrize('f', [lambda y: y.flip(0), lambda y: y.sort().values, lambda y: y[torch.randperm(bs)], lambda y: y[:3], lambda y: y.cumsum(0).clamp(max=c-1)],
+    ids=['flipped','sorted','shuffled','some','running'])
+def test_targets_of_other_samples(f):
+    with pytest.raises(ValueError, match='some of the samples, or with another order'): called(lambda p,y: F.cross_entropy(p[:len(f(y))], f(y)), x.clone().requires_grad_(), y)
+
+def test_targets_that_are_written_to():
+    def f(p, y):
+        t = torch.zeros(bs, c).scatter_(1, y[:,None], 1)
+        return F.binary_cross_entropy_with_logits(p, t)
+    with pytest.raises(ValueError, match='were written into.*F.one_hot'): called(f, x.clone().requires_grad_(), y)
+    more = torch.cat([y,torch.randint(c, (bs,))])
+    def shift(p, y):
+        y -= 0
+        return F.cross_entropy(p, y)
+    with pytest.raises(ValueError, match='were written into'): called(shift, x, more, Plan.of(torch.arange(bs)+bs, torch.rand(bs), n=2*bs))
+
+def test_partners_of_which_more_is_made():
+    "What leaves the batch's own targets as they are may change those of the partners"
+    more = torch.cat([y.clamp(max=1),torch.full((bs,), 3)])
+    second = Plan.of(torch.arange(bs)+bs, torch.rand(bs), n=2*bs)
+    torch.testing.assert_close(called(lambda p,y: F.cross_entropy(p, y.clamp(max=1)), x, more, second), by_sample(F.cross_entropy, plan=second, y=more.clamp(max=1)))
+
+def test_checkpoints():
+    lin = nn.Linear(c, c)
+    def f(use_reentrant): return lambda p,y: checkpoint(lambda p,y: F.cross_entropy(lin(p), y), p, y, use_reentrant=use_reentrant)
+    with pytest.raises(RuntimeError, match='reentrant checkpoint'): called(f(True), x.clone().requires_grad_(), y)
+
+def test_a_batch_of_one():
+    one = Plan.of(torch.zeros(1, dtype=torch.long), torch.rand(1))
+    torch.testing.assert_close(called(lambda p,y: F.mse_loss(p.squeeze(), y.squeeze()), x[:1,0], torch.ones(1), one), F.mse_loss(x[0,0], torch.tensor(1.)))
 
 def test_metrics_may_use_the_targets():
     def f(p, y):
@@ -160,7 +241,7 @@ def test_metrics_may_use_the_targets():
     torch.testing.assert_close(called(f, x.clone().requires_grad_(), y), by_sample(F.cross_entropy))
 
 def test_a_part_of_the_targets():
-    with pytest.raises(ValueError, match=r'cross_entropy is called with a part of the targets, of shape \(3,\)'): called(lambda p,y: F.cross_entropy(p[:3], y[:3]), x, y)
+    with pytest.raises(ValueError, match=r'cross_entropy is called with some of the samples.*of shape \(3,\)'): called(lambda p,y: F.cross_entropy(p[:3], y[:3]), x, y)
 
 def test_an_error_of_the_step_is_raised_as_it_is():
     with pytest.raises(KeyError): called(lambda p,y: {}['x'], x, y)

@@ -546,6 +546,18 @@ def test_losses_that_have_no_name(f, mixer):
     fit(module, mixer)
     assert all(o['loss']==pytest.approx(o['want'], rel=1e-5) for o in module.recs)
 
+def test_classes_that_are_not_named():
+    "A second target of the batch, which keeps its own labels"
+    class Two(Digits):
+        def __init__(self):
+            super().__init__()
+            del self.loss_func
+        def training_step(self, batch, batch_idx):
+            pred = self(batch['img'])
+            return F.cross_entropy(pred, batch['label']) + F.cross_entropy(2*pred, batch['other'])
+    x,y = digits()
+    with pytest.warns(UserWarning, match='calls a loss of torch.nn.functional with other targets.*pass where'): fit(Two(), MixUp(1.), dl=load(x, y, y.clone(), make=lambda x,y,z: dict(img=x, label=y, other=z)), keys=dict(x='img', y='label'))
+
 def test_masks_that_are_taken_for_an_input():
     "Masks of bytes could be images; weights follow them in the batch"
     class Weighed(Dense):

@@ -7,7 +7,7 @@ from fastai.callback.rnn import RNNCallback
 from fastai.data.block import CategoryBlock
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 from fastai.losses import BaseLoss
-from fastai.metrics import AvgMetric, F1Score, F1ScoreMulti, accuracy, accuracy_multi, foreground_acc, mse
+from fastai.metrics import AvgMetric, F1Score, F1ScoreMulti, accuracy, accuracy_multi, foreground_acc, mse, rmse
 from fastai.tabular.all import Categorify, TabularDataLoaders, tabular_learner
 from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_clas_config
 from fastai.text.models.core import get_text_classifier
@@ -71,6 +71,34 @@ def test_metrics_of_all_samples():
     lam = torch.cat([b['plan'].lam for b in batches]).mean().item()
     own,other = (f1_score(torch.cat(ys), pred, average='macro') for ys in zip(*((b['yb'][0],b['yb'][0][b['plan'].idx]) for b in batches)))
     assert got['train_mix_f1_score']==pytest.approx(lam*own + (1-lam)*other)
+
+@pytest.mark.parametrize('mixer', [MixUp(1., p=.5),OneOf(MixUp(1.), None, per_batch=False)], ids=name_of)
+def test_samples_without_a_partner_count_once(mixer):
+    "Nearly every sample is right about its own target, and few about their partner's"
+    y = torch.randint(0, 4, (64,))
+    model = nn.Linear(4, 4, bias=False)
+    with torch.no_grad(): model.weight.copy_(20*torch.eye(4))
+    got,batches,_ = train(mk_dls([F.one_hot(y, 4).float()], [y]), [MixMetric(F1Score(average='micro')), MixMetric(balanced)], mixer, model)
+    rows = [[(b['pred'][i].argmax().item(),t.item(),w) for i,w,t in each_target(b)] for b in batches]
+    own,other = ([o for row in rows for o in row[at::2]] for at in (0,1))
+    parts = [(own,sum(w for *_,w in own)),([o for o in other if o[2]>0],sum(w for *_,w in other))]
+    want = sum(w*np.mean([p==t for p,t,_ in part]) for part,w in parts)/sum(w for _,w in parts)
+    assert got['train_mix_f1_score']==pytest.approx(want, abs=1e-5)
+
+def balanced(pred, y):
+    "The mean of the accuracies of each class, no mean over samples"
+    return torch.stack([(pred.argmax(1)[y==c]==c).float().mean() for c in y.unique()]).mean()
+
+def test_a_metric_that_the_learner_has_too():
+    "fastai's `rmse` is one object"
+    dls = mk_dls([torch.randn(32, 6)], [torch.randn(32)])
+    def score(metrics): return train(dls, metrics, MixUp(1.), nn.Sequential(nn.Linear(6, 1, bias=False), nn.Flatten(0)), MSELossFlat())
+    for metrics in [MixMetric(rmse)],[rmse,MixMetric(rmse)]:
+        got,batches,_ = score(metrics)
+        parts = [[(b['pred']-b['yb'][0][j]).square() for b in batches for j in [b['plan'].pairs[:,i]]] for i in (0,1)]
+        lam = torch.cat([b['plan'].lam for b in batches]).mean()
+        want = lam*torch.cat(parts[0]).mean().sqrt() + (1-lam)*torch.cat(parts[1]).mean().sqrt()
+        assert got['train_mix__rmse']==pytest.approx(want.item(), rel=1e-4)
 
 @pytest.mark.parametrize('metric,loss_func,y', [(mse, MSELossFlat(), torch.rand(32, 1)), (accuracy_multi, BCEWithLogitsLossFlat(), (torch.rand(32, 1)>.5).float())], ids=['numbers','labels'])
 def test_targets_that_the_loss_blends_are_not_blended_for_metrics(metric, loss_func, y):

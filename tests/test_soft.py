@@ -64,7 +64,7 @@ def test_probabilities_are_mixed_again():
     xm,ym = SoftMix(CutMix(), 10)(*first)
     torch.testing.assert_close(ym, xm.mean((2,3)))
 
-@pytest.mark.parametrize('off', [lambda mix: setattr(mix, 'enabled', False), lambda mix: mix.eval()], ids=['enabled','eval'])
+@pytest.mark.parametrize('off', [lambda mix: setattr(mix, 'enabled', False), lambda mix: setattr(mix, 'mixup_enabled', False), lambda mix: mix.eval()], ids=['enabled','as in timm','eval'])
 def test_switched_off(off):
     mix = SoftMix(MixUp(1.), 10, .1)
     off(mix)

@@ -153,6 +153,62 @@ def test_a_model_with_a_loss_that_is_none_of_pytorch_s(tmp_path):
             return dict(loss=-logits.log_softmax(1)[range(len(labels)),labels].mean(), logits=logits)
     with pytest.raises(RuntimeError, match='trains on targets of a mixed batch'): run(tmp_path, Own(vit().config), images)
 
+class Weighted(MixTrainer):
+    "A loss of its own in `compute_loss`, as the documentation of transformers shows"
+    weight = torch.linspace(.5, 2., 10)
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        labels = inputs.pop('labels')
+        outputs = model(**inputs)
+        loss = F.cross_entropy(outputs.logits, labels, weight=self.weight)
+        self.seen.append((loss.item(), self.plan, outputs.logits.detach(), labels))
+        return (loss,outputs) if return_outputs else loss
+
+def test_a_subclass_that_computes_the_loss(tmp_path):
+    for loss,plan,logits,y in run(tmp_path, vit(), images, cls=Weighted).seen:
+        terms = [(lam*Weighted.weight[y[j]], F.cross_entropy(logits[i:i+1], y[j:j+1])) for i in range(len(y)) for lam,j in zip(plan.weights[i], plan.pairs[i])]
+        assert loss==pytest.approx((sum(w*u for w,u in terms)/sum(w for w,_ in terms)).item(), rel=1e-4)
+
+class Nested(nn.Module):
+    "Looks at numbers in a dict and in a list"
+    def __init__(self):
+        super().__init__()
+        self.a,self.seen = nn.Linear(3, 3),[]
+    def forward(self, meta, more, labels=None):
+        self.seen.append((meta['age'].clone(),more[0].clone()))
+        logits = self.a(torch.cat([meta['age'],more[0]], 1))
+        return dict(loss=F.cross_entropy(logits, labels), logits=logits)
+
+def collate_nested(items):
+    return dict(meta=dict(age=torch.stack([o['age'] for o in items])), more=[torch.stack([o['more'] for o in items])], labels=tensor([o['labels'] for o in items]))
+
+def test_nested_inputs(tmp_path):
+    items = [dict(age=torch.rand(2), more=torch.rand(1), labels=i%3) for i in range(16)]
+    model = Nested()
+    args = TrainingArguments(str(tmp_path), num_train_epochs=1, per_device_train_batch_size=16, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy='no', remove_unused_columns=False)
+    trainer = MixTrainer(model=model, args=args, train_dataset=items, data_collator=collate_nested, mixer=MixUp(1.))
+    trainer.get_train_dataloader = lambda: torch.utils.data.DataLoader(items, 16, collate_fn=collate_nested)
+    trainer.train()
+    batch = collate_nested(items)
+    (age,more), = model.seen
+    torch.testing.assert_close(age, trainer.plan.mix(batch['meta']['age']))
+    torch.testing.assert_close(more, trainer.plan.mix(batch['more'][0]))
+
+def test_padding_without_a_mask(tmp_path):
+    "Only a later batch has padding"
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=30, n_positions=8, n_embd=16, n_layer=1, n_head=2, num_labels=3, pad_token_id=0, bos_token_id=1, eos_token_id=1)
+    def item(n): return dict(input_ids=torch.cat([torch.randint(1, 30, (n,)),torch.zeros(8-n, dtype=torch.long)]), labels=0)
+    with pytest.raises(ValueError, match='predicts otherwise from inputs_embeds'):
+        run(tmp_path, GPT2ForSequenceClassification(config), [item(8)]*16 + [item(4)]*16, train_sampling_strategy='sequential')
+
+def test_masks_of_other_numbers():
+    plan = Plan.of(tensor([1,0]), tensor([.9,.9]))
+    for mask in tensor([[1,1,0],[3,0,0]]),tensor([[.2,.5],[.6,.1]]):
+        with pytest.raises(ValueError, match='organ_mask must hold only 0 and 1'): mix_named_inputs(plan, dict(organ_mask=mask), None)
+
+def test_images_of_bytes(tmp_path):
+    with pytest.raises(ValueError, match='the batch has none among pixel_values.*convert images to floats'): run(tmp_path, vit(), [o | dict(pixel_values=(16*o['pixel_values']).byte()) for o in images])
+
 @pytest.fixture(scope='module')
 def ranks(tmp_path_factory): return run_ranks(__file__, tmp_path_factory.mktemp('ranks'))
 
