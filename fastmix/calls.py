@@ -13,6 +13,7 @@ from functools import partial
 import torch, torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from fastcore.basics import patch
 
 from .batch import *
 from .core import *
@@ -122,10 +123,12 @@ class MixCalls(FollowTargets):
         strict:bool=True, # Raise errors? Otherwise call `check` and `check_trained`
     ):
         if plan.n==1: plan = unmixed_plan(len(plan.pairs)).to(plan.pairs.device)
+        if plan.split: raise ValueError('RegMixUp adds two losses of the whole batch: train with MixLoss(loss_func) and the plan')
         super().__init__(MixLoss(F.cross_entropy, plan, yb, True))   # whose targets are never blended
         plan = self.loss.plan
         self.y_int,self.soft,self.strict,self.grad = y_int,soft,strict,torch.is_grad_enabled()
-        self.parts = [*zip(*(plan.gather(y).transpose(0, 1).contiguous() if m else [y]*plan.k for y,m in zip(self.loss.targets, self.loss.mixed)))]   # the targets of each part
+        ys = [plan.gather(y).transpose(0, 1).contiguous() if m else [y]*plan.k for y,m in zip(self.loss.targets, self.loss.mixed)]
+        self.parts = list(zip(*ys))   # the targets of each part
         n = plan.pairs.numel()
         self.plan = Plan(torch.arange(n, device=plan.pairs.device).view(plan.k, -1).T, plan.weights, n=n)   # for these, one part after the other
 
@@ -136,12 +139,6 @@ class MixCalls(FollowTargets):
     def __exit__(self, kind, *args):
         super().__exit__(kind, *args)
         if kind is None and self.strict: self.check()
-
-    def check(self):
-        "Raise a `RuntimeError` if the batch is mixed, and no loss was"
-        if any(self.loss.mixed) and not self.loss.results: raise RuntimeError(
-            'This batch is mixed, but its loss was not: none of the losses of torch.nn.functional was called with what is made of its targets, or only inside of a reentrant checkpoint. '
-            'Call one, such as F.cross_entropy(pred, y), or mix your loss with MixLoss(loss_func) and the plan')
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -160,21 +157,33 @@ class MixCalls(FollowTargets):
         if self.strict and self.trainable: raise self.error(self.trainable[-1][0])
         return res
 
-    def call_unmixed(self, f, args, kwargs, y):
-        "Call a loss with other targets than those of the batch, and note that"
-        res = self.call(f, args, kwargs)
-        if res.requires_grad and not y.is_floating_point(): self.loss.calls.append((y,))
-        return res
+# %% ../nbs/17b_calls.ipynb #72ac20f0
+@patch
+def check(self:MixCalls):
+    "Raise a `RuntimeError` if the batch is mixed, and no loss was"
+    if any(self.loss.mixed) and not self.loss.results: raise RuntimeError(
+        'This batch is mixed, but its loss was not: none of the losses of torch.nn.functional was called with what is made of its targets, or only inside of a reentrant checkpoint. '
+        'Call one, such as F.cross_entropy(pred, y), or mix your loss with MixLoss(loss_func) and the plan')
 
-    def mixed(self, f, pred, y, options):
-        "The loss `f` for what `y` is made of, in each part of the mixtures"
-        loss,bs = MixLoss(partial(f, **options), y_int=self.y_int, soft=self.soft),len(self.loss.yb[0])
-        joined = y.ndim==1 and len(y)!=bs and len(y)%bs==0 and pred.ndim<3   # all places of all samples in one row
-        def rows(o): return o.unflatten(0, (bs,-1)) if joined else o
-        def same(order): return torch.allclose(rows(self.remake(y, tuple(o[order] for o in self.parts[0]))).double(), rows(y)[order].double(), equal_nan=True)
-        order = torch.arange(bs, device=y.device)
-        if not y.ndim or not joined and len(y)!=bs or not (isinstance(self.how_made(y)[2], int) or same(order.flip(0)) and same(order.roll(1))): raise ValueError(
-            f'{f.__name__} is called with some of the samples, or with another order of them, of shape {tuple(y.shape)}, and cannot be mixed: call it with one row for each of the {bs} samples, in order')
-        pred = rows(pred).movedim(2, 1) if joined and pred.ndim==2 else rows(pred)
-        res = loss(pred, torch.cat([rows(self.remake(y, o)) for o in self.parts]), plan=self.plan)
-        return res.flatten() if joined and res.ndim else res
+# %% ../nbs/17b_calls.ipynb #72ac20f1
+@patch
+def call_unmixed(self:MixCalls, f, args, kwargs, y):
+    "Call a loss with other targets than those of the batch, and note that"
+    res = self.call(f, args, kwargs)
+    if res.requires_grad and not y.is_floating_point(): self.loss.calls.append((y,))
+    return res
+
+# %% ../nbs/17b_calls.ipynb #72ac20f2
+@patch
+def mixed(self:MixCalls, f, pred, y, options):
+    "The loss `f` for what `y` is made of, in each part of the mixtures"
+    loss,bs = MixLoss(partial(f, **options), y_int=self.y_int, soft=self.soft),len(self.loss.yb[0])
+    joined = y.ndim==1 and len(y)!=bs and len(y)%bs==0 and pred.ndim<3   # all places of all samples in one row
+    def rows(o): return o.unflatten(0, (bs,-1)) if joined else o
+    def same(order): return torch.allclose(rows(self.remake(y, tuple(o[order] for o in self.parts[0]))).double(), rows(y)[order].double(), equal_nan=True)
+    order = torch.arange(bs, device=y.device)
+    if not y.ndim or not joined and len(y)!=bs or not (isinstance(self.how_made(y)[2], int) or same(order.flip(0)) and same(order.roll(1))): raise ValueError(
+        f'{f.__name__} is called with some of the samples, or with another order of them, of shape {tuple(y.shape)}, and cannot be mixed: call it with one row for each of the {bs} samples, in order')
+    pred = rows(pred).movedim(2, 1) if joined and pred.ndim==2 else rows(pred)
+    res = loss(pred, torch.cat([rows(self.remake(y, o)) for o in self.parts]), plan=self.plan)
+    return res.flatten() if joined and res.ndim else res

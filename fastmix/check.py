@@ -50,11 +50,15 @@ def _taught_value(kind, grad, size):
 class _Witness(Callback):
     "Record the batches of a fit as they came, the inputs that the model was called with, and the gradients"
     order = -100
+    def __init__(self, mixer): self.mixer = mixer
     def before_fit(self): self.batches = []
     def before_batch(self):
         self.came = *self.learn.xb,*self.learn.yb
         self.copies = [o.clone() for o in self.came]
-    def after_backward(self): self.batches.append((self.came, self.copies, self.learn.xb[0], self.learn.model.weight.grad.clone()))
+    def after_backward(self):
+        record,x = getattr(self.mixer, 'record', None),self.learn.xb[0]
+        if record and record.plan.for_targets is not record.plan: x = record.plan.for_targets.mix(self.copies[0].flatten(1).mean(1, keepdim=True))   # what target weights say that is shown
+        self.batches.append((self.came, self.copies, x, self.learn.model.weight.grad.clone()))
 
 def _witness_fit(mixer, kind, size, n_batches, bs=16):
     v = (torch.rand(n_batches*bs) < .5).float()
@@ -62,7 +66,7 @@ def _witness_fit(mixer, kind, size, n_batches, bs=16):
     shape = bs,*(size if kind in ('masks','maps') else ()),1 if kind in ('numbers','maps') else 2
     dls = DataLoaders.from_dsets(items, items, bs=bs, num_workers=0, device='cpu')
     learn = Learner(dls, Answer(torch.zeros(shape)), check_losses[kind], opt_func=SGD)
-    with learn.no_bar(),learn.no_logging(): learn.fit(1, lr=0., cbs=[mixer, witness := _Witness()])
+    with learn.no_bar(),learn.no_logging(): learn.fit(1, lr=0., cbs=[mixer, witness := _Witness(mixer)])
     return witness.batches
 
 # %% ../nbs/15_check.ipynb #056219d2

@@ -174,7 +174,7 @@ def mix_batch(self:MixHandler,
     "Mix a batch, for any engine: nothing but the result changes"
     plan,target_plan,xs,ys = self.draw_batch(tuple(tensors_in(xb)), tuple(yb), loss_func, model, pct, in_order)
     loss = MixLoss(loss_func, target_plan, ys, self.y_int, self.soft)
-    return MixedBatch(xb, yb, xs, ys, plan, target_plan, self.mix_inputs(plan, xs, model, ys), loss)
+    return MixedBatch(xb, yb, xs, ys, plan, loss.plan, self.mix_inputs(plan, xs, model, ys), loss)
 
 @patch
 def draw_batch(self:MixHandler,

@@ -259,6 +259,7 @@ def mix_targets(
     soft:bool=False, # Pass `loss_func` probabilities? Targets that are floats are then blended
 ) -> tuple: # Targets, each (n, ...) if its losses are mixed, else mixed, (bs, ...); for each, whether its losses are mixed, a list of bool
     "Decide for each target whether its losses are mixed, and mix the others"
+    if plan.split: return yb,[True]*len(yb)   # each part of the sum mixes them
     for y in yb:
         if y.ndim in (2,3) and y.squeeze().shape==(len(y),len(y)) and len(y)>2: _check_pairwise(y.squeeze())
     losses = losses_of(loss_func, len(yb))
@@ -284,6 +285,7 @@ class MixLoss(nn.Module):
         vars(self).update(plan=plan, soft=soft, calls=[], results=[], _y_int=y_int, _check=check)
         if plan is None: self.loss_func,self.inner = loss_func,_modules_in(*loss_layers(loss_func)[1:])   # modules inside fastai's losses, to move and save them
         else:
+            plan = vars(self)['plan'] = plan.for_targets
             found,mixed = mix_targets(loss_func, plan, targets, y_int, soft)
             yb = tuple([plan.unmixed(y) if m else y for y,m in zip(found, mixed)])   # targets to call this loss with
             versions = () if [*map(id, yb)]==[*map(id, targets)] else [None if y is o else y._version for y,o in zip(yb, targets)]
@@ -324,14 +326,17 @@ def forward(self:MixLoss,
     if yb and isinstance(yb[-1], Plan): raise TypeError('Pass the plan of a batch to the loss by name: loss(pred, y, plan=plan)')
     if self.plan is not None: self.calls.append(yb)
     if plan is _unsaid: plan = _remind(pred) if self.plan is None else None
-    if plan is not None: targets,mixed = mix_targets(loss_func, plan, yb, self._y_int, self.soft)
+    if plan is not None:
+        plan = plan.for_targets
+        targets,mixed = mix_targets(loss_func, plan, yb, self._y_int, self.soft)
     elif self.is_for(yb):
         if self._versions: self._check_unchanged()
         plan,targets,mixed = self.plan,self.targets,self.mixed
     else: return loss_func(pred, *yb)
     if not any(mixed): return loss_func(pred, *targets)
     for name,o in kwargs.items(): _check_keyword(name, o, pred, len(yb[0]))
-    if self.soft and all(mixed) and not targets[0].is_floating_point(): res = soft_loss(loss_func, plan, pred, targets)
+    if plan.split: res = plan.split(MixLoss(loss_func, y_int=self._y_int, soft=self.soft, check=self._check), pred, targets)
+    elif self.soft and all(mixed) and not targets[0].is_floating_point(): res = soft_loss(loss_func, plan, pred, targets)
     else: res = _mix_losses(loss_func, plan, pred, targets, mixed, self._check, self._y_int)
     if self.plan is not None: self.results.append(res)
     return res

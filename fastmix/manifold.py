@@ -80,8 +80,7 @@ class LayerPlan(Plan):
         plan:Plan, # How the batch is mixed
         layer:str, # Name of the layer, or 'input'
     ):
-        super().__init__(plan.pairs, plan.weights, plan.region, plan.n, plan.in_order)
-        self.layer = layer
+        vars(self).update(vars(plan), layer=layer)
 
 # %% ../nbs/11_manifold.ipynb #6c41d041
 _transformers = {nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerEncoder, nn.TransformerDecoder, nn.Transformer}

@@ -72,6 +72,7 @@ def _only(rows, learn, yb, weight):
     res.xb,res.pred = map_tensors(take, (learn.xb,learn.pred))
     return res,res.yb,weight[rows]
 
+# %% ../nbs/13_metrics.ipynb #0e035ba3
 def _values(func, pred, yb):
     "The metric of each sample (bs,), if their mean is the metric of the batch; otherwise that of the batch ()"
     bs,whole = find_bs(yb),torch.as_tensor(func(pred, *yb)).detach().cpu()

@@ -60,14 +60,17 @@ def _picklable(f):
 # %% ../nbs/05_mixer_base.ipynb #a29b636a
 def check_partner_source(partners):
     "Return `partners`, or raise a `TypeError` unless it is a function of (xb, yb, rng), a second loader or None"
-    if callable(partners):
-        try: inspect.signature(partners).bind('xb', 'yb', 'rng')
-        except ValueError: pass   # it has no signature to look at
-        except TypeError as e: raise TypeError(
-            f'partners is called as partners(xb, yb, rng), but {getattr(partners, "__name__", partners)} cannot be: {e}') from e
-    elif not (partners is None or hasattr(partners, 'append_partners')): raise TypeError(
-        f'partners must be a function such as derange, or a SecondLoader(dl), but it is a {type(partners).__name__}')
-    return partners
+    if partners is None or hasattr(partners, 'append_partners'): return partners
+    if callable(partners): return _check_call('partners', partners, 'xb', 'yb', 'rng')
+    raise TypeError(f'partners must be a function such as derange, or a SecondLoader(dl), but it is a {type(partners).__name__}')
+
+def _check_call(name, f, *args):
+    "`f`, or a `TypeError` if it cannot be called with `args`"
+    if not callable(f): raise TypeError(f'{name} must be a function of ({", ".join(args)}), but it is {f!r}')
+    try: inspect.signature(f).bind(*args)
+    except ValueError: pass   # it has no signature to look at
+    except TypeError as e: raise TypeError(f'{name} is called as {name}({", ".join(args)}), but {getattr(f, "__name__", f)} cannot be: {e}') from e
+    return f
 
 # %% ../nbs/05_mixer_base.ipynb #245dd927
 class Draw:
@@ -109,9 +112,11 @@ class Mixer:
         until:float=1., # Leave all samples unmixed after this fraction of each fit
         partners=None, # Source of partners: a function such as `derange`, or a `SecondLoader`; the shuffled batch by default
         per_batch:bool=False, # One λ for the whole batch instead of one per sample?
+        target_weights:callable=None, # Function of (plan, xb, yb) that returns the weights of the targets, (bs, k), such as `Remix`; by default those of the inputs
     ):
         self.p,self.until = check_schedule('p', p, partial(check_fraction, 'p')),check_fraction('until', until)
         self.partners,self.per_batch,self.rng = check_partner_source(partners),check_flag('per_batch', per_batch),private_rng()
+        self.target_weights = None if target_weights is None else _check_call('target_weights', target_weights, 'plan', 'xb', 'yb')
 
     def make_plan(self,
         d:Draw, # What to draw it from
@@ -212,7 +217,15 @@ def draw(self:Mixer,
     if f and not callable(f) and bs is None: raise ValueError(f'Partners of {f!r} must be appended to the batch: '
         'call xb,yb = mixer.partners.append_partners(xb, yb) first, and then mixer.draw(xb, yb, bs=...)')
     d = Draw(xb, yb, len(xb[0]) if bs is None else bs, pct, self.rng, f if callable(f) else None, per_batch)
-    return self.next_plan(d)
+    plan = self.next_plan(d)
+    return plan if self.target_weights is None or plan.k==1 else _weigh_targets(plan, self.target_weights, xb, yb)
+
+def _weigh_targets(plan, f, xb, yb):
+    "The plan with target weights by `f`; a `ValueError` if these targets cannot be weighed"
+    if not yb or any(len(y)!=plan.n for y in yb): raise ValueError(
+        f'target_weights needs the targets of all samples and partners, but there are {[len(y) for y in yb] or "none"} for {plan.n}: pass them, as in mixer.draw(x, y)')
+    if not all(map(plan.is_blended, yb)): raise ValueError('target_weights are for targets of whole samples, but a mask is cut with its image: use MixUp, or leave out target_weights')
+    return plan.with_target_weights(f(plan, xb, yb))
 
 # %% ../nbs/05_mixer_base.ipynb #2872ac65
 @patch

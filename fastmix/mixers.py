@@ -216,7 +216,7 @@ def _check_part(
     if not isinstance(m, MixHandler): raise TypeError(
         f'OneOf takes mixers one by one, or None to leave samples as they are, as in OneOf(MixUp(.4), CutMix(1.), None), but {m!r} is a {type(m).__name__}')
     if type(m).mix_inputs is not MixHandler.mix_inputs: raise ValueError(f'{m!r} mixes behind hidden layers, not inputs: use it without OneOf')
-    for name,unset in dict(partners=None, y_int=None, soft=False).items():
+    for name,unset in dict(partners=None, target_weights=None, y_int=None, soft=False).items():
         if getattr(m, name) is not unset: raise ValueError(
             f'{m!r} has {name}={getattr(m, name)!r} of its own, which all parts of OneOf must share: pass it to OneOf, as in OneOf(MixUp(.4), CutMix(1.), {name}=...)')
 

@@ -21,7 +21,8 @@ from fastai.imports import is_listy
 from .core import *
 
 # %% auto #0
-__all__ = ['derange', 'same_class', 'other_class', 'balanced', 'near_target', 'check_partners', 'SecondLoader', 'class_weights']
+__all__ = ['derange', 'same_class', 'other_class', 'balanced', 'near_target', 'check_partners', 'SecondLoader', 'train_targets',
+           'class_weights']
 
 # %% ../nbs/04_partners.ipynb #0008e523
 def derange(
@@ -187,17 +188,20 @@ def append_partners(self:SecondLoader,
     return tuple(map(torch.cat, zip(xb, xs))),tuple(map(torch.cat, zip(yb, ys))) if ys else yb
 
 # %% ../nbs/04_partners.ipynb #f00814a1
-def class_weights(
-    dls:DataLoaders, # Loaders with one class as the target of each item
-) -> np.ndarray: # (n,), float64, with the sum 1
-    "Sampling weights of the training items that make all classes equally likely"
+def train_targets(dls, name):
+    "The class of each training item; a `ValueError` that says what needs it, `name`, where there is none"
     ds,n_inp = dls.train_ds,dls.n_inp
     if hasattr(ds, 'tls'): ys = list(ds.tls[n_inp])   # without reading the inputs
     else: ys = list(ds.ys.iloc[:,0]) if hasattr(ds, 'ys') else [b[n_inp] for b in ds]
     ys = np.array([o.tolist() if isinstance(o, Tensor) else o for o in ys])
-    if ys.ndim!=1 or ys.dtype.kind=='f': raise ValueError(
-        f'balanced=True needs one class for each item, but the targets are {ys.dtype} of shape {ys.shape[1:]}')
-    _,kind,counts = np.unique(ys, return_inverse=True, return_counts=True)
+    if ys.ndim==1 and ys.dtype.kind!='f': return ys
+    raise ValueError(f'{name} needs one class for each item, but the targets are {ys.dtype} of shape {ys.shape[1:]}')
+
+def class_weights(
+    dls:DataLoaders, # Loaders with one class as the target of each item
+) -> np.ndarray: # (n,), float64, with the sum 1
+    "Sampling weights of the training items that make all classes equally likely"
+    _,kind,counts = np.unique(train_targets(dls, 'balanced=True'), return_inverse=True, return_counts=True)
     return 1/counts[kind]/len(counts)
 
 def _draw_idxs(rng, weights): return np.random.default_rng(rng.getrandbits(64)).choice(len(weights), len(weights), p=weights).tolist()

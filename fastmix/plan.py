@@ -7,6 +7,7 @@ Docs: https://fastmix.github.io/fastmix/plan.html.md"""
 # %% ../nbs/03_plan.ipynb #f0e7f403
 from __future__ import annotations
 
+from copy import copy
 from functools import cached_property
 
 import torch
@@ -50,6 +51,17 @@ class Plan:
     def lam(self) -> Tensor: # (bs,) or (1,)
         "Each sample's weight in its own mixture"
         return self.weights[:,0]
+
+    _targets,split = None,None   # the targets' own plan; how a loss is computed that is a sum over parts of the batch
+    @property
+    def for_targets(self) -> Plan:
+        "The plan for the targets: `self`, unless they have weights of their own"
+        return self._targets or self
+
+    @property
+    def target_weights(self) -> Tensor: # (bs, k) or (1, k)
+        "The weights of the targets: `weights`, unless `with_target_weights` has set others"
+        return self.for_targets.weights
 
     @property
     def sample_weights(self) -> Tensor: # (bs, k)
@@ -114,6 +126,33 @@ def without_partner_targets(self:Plan,
         'A mask cannot be cut if the partners have none: blend the batch (`MixUp`), or use partners with masks')
     return Plan(self.pairs[:,:1].expand(self.pairs.shape), self.weights, n=len(self.pairs), in_order=self.in_order)
 
+# %% ../nbs/03_plan.ipynb #7b1c0a12
+@patch
+def reweighted(self:Plan, weights): return Plan(self.pairs, weights, self.region, self.n, self.in_order)
+
+def _like(plan, res, name, *args):
+    "`res`, with what the method `name` makes of the targets' own plan, if `plan` has one"
+    if plan._targets: res._targets = getattr(plan._targets, name)(*args)
+    return res
+
+# %% ../nbs/03_plan.ipynb #7b1c0a14
+@patch
+def with_target_weights(self:Plan,
+    weights:Tensor, # (bs, k), or (1, k) for the whole batch: at least 0, with the sum 1 in each row
+) -> Plan:
+    "The same plan with other weights for the targets; a `ValueError` if they are no weights of its mixtures"
+    res,shape = copy(self),(len(self.pairs),self.k)
+    if not isinstance(weights, Tensor) or weights.shape not in (shape,(1,self.k)) or not weights.is_floating_point(): raise ValueError(
+        f'target_weights must be a tensor of floats of shape {shape}, a weight for the target of each sample in each mixture, but it is {_shape_of(weights)}')
+    weights = weights.detach().to(self.pairs.device)
+    sums = weights.sum(1)
+    if not ((sums-1).abs()<1e-3).all() or (weights<0).any(): raise ValueError(
+        f'target_weights must be at least 0, with the sum 1 in each row, but their least value is {weights.min():.4g}, and their sums go from {sums.min():.4g} to {sums.max():.4g}')
+    res._targets = self.reweighted(weights)
+    return res
+
+def _shape_of(o): return f'{o.dtype}, of shape {tuple(o.shape)}' if isinstance(o, Tensor) else f'a {type(o).__name__}'
+
 # %% ../nbs/03_plan.ipynb #f9a19333
 def unmixed_plan(
     bs:int, # Batch size
@@ -130,7 +169,7 @@ def exclude(self:Plan,
     "The same plan, except that `rows` stay as they are"
     at,only = rows[:,None],torch.eye(1, self.k, device=rows.device)
     pairs,weights = torch.where(at, self.pairs[:,:1], self.pairs),torch.where(at, only, self.weights)
-    return Plan(pairs, weights, self.region and self.region.empty(rows), self.n, self.in_order)
+    return _like(self, Plan(pairs, weights, self.region and self.region.empty(rows), self.n, self.in_order), 'exclude', rows)
 
 # %% ../nbs/03_plan.ipynb #bdb9714f
 @patch
@@ -141,7 +180,7 @@ def to(self:Plan,
     device = torch.device(device)
     if self.pairs.device==device: return self
     pairs,weights = (o.to(device, non_blocking=device.type!='cpu') for o in (self.pairs,self.weights))   # a CPU would read them too early
-    return Plan(pairs, weights, self.region and self.region.to(device), self.n, self.in_order)
+    return _like(self, Plan(pairs, weights, self.region and self.region.to(device), self.n, self.in_order), 'to', device)
 
 # %% ../nbs/03_plan.ipynb #66742536
 @patch
@@ -151,7 +190,7 @@ def take(self:Plan,
     "The plan for some of its mixtures"
     bs = len(self.pairs)
     weights = self.weights[rows] if len(self.weights)==bs else self.weights
-    return Plan(self.pairs[rows], weights, self.region and self.region.take(rows, bs), self.n, False)
+    return _like(self, Plan(self.pairs[rows], weights, self.region and self.region.take(rows, bs), self.n, False), 'take', rows)
 
 # %% ../nbs/03_plan.ipynb #23630345
 def _padded(o, filler, k): return torch.cat([o, filler.expand(len(o), k-o.shape[1], *o.shape[2:])], 1)
@@ -189,16 +228,17 @@ class JoinedPlan(Plan):
     def gather(self, y): return self.join(lambda o: _padded(t := o.gather(y) if o.is_blended(y) else o.mix(y)[:,None], t[:,:1], self.k))
     def to(self, device):
         if self.pairs.device==torch.device(device): return self
-        return JoinedPlan([(rows.to(device),o.to(device)) for rows,o in self.parts], self.in_order)
+        return _like(self, self.join_parts([(rows.to(device),o.to(device)) for rows,o in self.parts], self.in_order), 'to', device)
 
-    def exclude(self, rows): return JoinedPlan([(at,o.exclude(rows[at])) for at,o in self.parts], self.in_order)
+    def join_parts(self, parts, in_order=False): return JoinedPlan(parts, in_order)
+    def exclude(self, rows): return _like(self, self.join_parts([(at,o.exclude(rows[at])) for at,o in self.parts], self.in_order), 'exclude', rows)
     def without_partner_targets(self, yb):
         for _,o in self.parts: o.without_partner_targets(yb)
         return super().without_partner_targets(yb)
 
     def take(self, rows):
         found = [((rows[:,None]==old).nonzero().unbind(1), o) for old,o in self.parts]
-        return JoinedPlan([(new,o.take(at)) for (new,at),o in found if len(new)], False)
+        return _like(self, self.join_parts([(new,o.take(at)) for (new,at),o in found if len(new)]), 'take', rows)
 
 # %% ../nbs/03_plan.ipynb #b9784000
 def join_plans(

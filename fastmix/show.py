@@ -83,7 +83,7 @@ def _lay_over(saliency, ctx):
 # %% ../nbs/12_show.ipynb #6c41d011
 def _mix_table(dls, plan, xb, yb, max_n):
     "A batch of a table as a `DataFrame`; where partners have no targets, only the samples' own are shown"
-    pairs,weights = plan.pairs[:max_n],plan.sample_weights.tolist()
+    pairs,weights = plan.pairs[:max_n],plan.for_targets.sample_weights.tolist()
     def rows(j): return _decode_rows(dls, (*(x[j] for x in xb), *(y[j if len(y)==len(xb[0]) else pairs[:,0]] for y in yb)), max_n)
     def cell(name, ws, values):
         if name in dls.train.cont_names: return sum(w*v for w,v in zip(ws, values))
@@ -121,11 +121,11 @@ def show_mix(self:MixHandler,
         f'show_mix needs loaders of fastai, which can show their items, but this one is a {type(dls.train).__name__}: log images instead, with LogMix')
     b = ifnone(b, dls.one_batch())
     inputs,learn = tuple(b[:dls.n_inp]),self.learn
-    plan,target_plan,xs,ys = self.draw_batch(tuple(tensors_in(inputs)), b[dls.n_inp:], learn and unmixed_loss(learn.loss_func), learn and learn.model, pct)
+    plan,targets,xs,ys = self.draw_batch(tuple(tensors_in(inputs)), b[dls.n_inp:], learn and unmixed_loss(learn.loss_func), learn and learn.model, pct)
     if isinstance(dls.train, TabDataLoader): return display_df(_mix_table(dls, plan, xs, ys, max_n))
     mixed = iter([plan.unmixed(x) if is_categorical(x) and plan.is_blended(x) else plan.mix(x) for x in xs])   # categories have no image of a mixture
-    shown = decode_mix(dls, target_plan, map_tensors(lambda _: next(mixed), inputs), ys, max_n)
-    axs = _show_items(*shown, plan.sample_weights.tolist(), (nrows,ncols,figsize))
+    shown = decode_mix(dls, targets, map_tensors(lambda _: next(mixed), inputs), ys, max_n)
+    axs = _show_items(*shown, targets.for_targets.sample_weights.tolist(), (nrows,ncols,figsize))
     for found,ctx in zip(saliency(xs[0])[plan.idx] if saliency else [], axs): _lay_over(found, ctx)
     for mask,ctx in zip(plan.region.mask.expand(len(plan.pairs), *plan.region.size) if plan.region else [], axs): _outline(mask, ctx)
 

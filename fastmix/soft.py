@@ -37,6 +37,7 @@ def soft_target(
 ) -> Tensor: # (bs, `num_classes`, ...), float; (bs, ...), int, if it is a mask that was cut, with ε = 0
     "The mixed target, as probabilities; a `ValueError` if it cannot be"
     plan = plan.for_targets
+    if plan.split: raise ValueError('SoftMix returns one target for each input, but RegMixUp adds two losses: train with MixLoss(loss_func) and a plan')
     if y.is_floating_point():
         if y.ndim<2 or y.shape[1]!=num_classes: raise ValueError(f'num_classes={num_classes}, but the target is {y.dtype} of shape {tuple(y.shape)}: '
             'pass classes as integers. Numbers have no classes: train with MixLoss(loss_func) and a plan')

@@ -10,6 +10,7 @@ from __future__ import annotations
 from functools import partial
 
 import numpy as np, torch
+from fastcore.basics import patch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -91,35 +92,39 @@ class MixTrainer(Trainer):
         with MixCalls(plan, labels, y_int=self.mixer.y_int, soft=self.mixer.soft) as y:
             return compute_loss(model, mix_named_inputs(plan, inputs, embed) | dict(labels=y), *args, **kwargs)
 
-    @torch.no_grad()
-    def check_embeddings(self, model, inputs, embed):
-        "Raise a `ValueError` if the model predicts otherwise from embeddings than from tokens; tried on the first batch with padding, and the first without"
-        mask = inputs.get('attention_mask', inputs['input_ids']!=getattr(model.config, 'pad_token_id', None))
-        padded = not bool(torch.as_tensor(mask).all())
-        if padded in self.checked: return
-        model.eval()
-        others = {k: v for k,v in inputs.items() if k!='input_ids'}
-        outputs = model(**inputs),model(**others, inputs_embeds=embed(inputs['input_ids']))
-        preds = [o['logits'] if isinstance(o, dict) else o[0] for o in outputs]
-        model.train()
-        if not torch.allclose(*preds, rtol=1e-2, atol=1e-3): raise ValueError(
-            f'{type(model).__name__} predicts otherwise from inputs_embeds than from input_ids, as models do that look for the last token by its padding: '
-            'its texts cannot be mixed here, so use a model that pools by attention_mask, such as BERT')
-        self.checked.add(padded)
-
-    def draw(self,
-        inputs:dict, # Inputs of a batch, by name
-        labels:Tensor, # (bs, ...)
-        embed:callable, # Function of tokens
-    ) -> Plan:
-        "The plan of the batch, by its number"
-        step,i = self.batch
-        self.batch = (self.state.global_step,i+1 if step==self.state.global_step else 0)
-        self.mixer.set_rng(np.random.default_rng([self.args.seed, self.args.process_index, *self.batch]))
-        xs = [embed(v).detach() if k=='input_ids' else v for k,o in inputs.items() for v in tensors_in(o) if k=='input_ids' or isinstance(v, Tensor) and v.is_floating_point()]
-        if not xs: raise ValueError(f'MixTrainer mixes inputs that are floats, and tokens, "input_ids", but the batch has none among {", ".join(inputs)}: convert images to floats')
-        return self.mixer.draw_batch(tuple(xs), (labels,), pct=self.state.global_step/max(self.state.max_steps, 1))[0]
-
     def log(self, logs, *args, **kwargs):
         "Log the mixed loss as such"
         super().log(logs | ({'mixed': 1.} if 'loss' in logs else {}), *args, **kwargs)
+
+# %% ../nbs/18a_trainer.ipynb #d78c3c20
+@patch
+@torch.no_grad()
+def check_embeddings(self:MixTrainer, model, inputs, embed):
+    "Raise a `ValueError` if the model predicts otherwise from embeddings than from tokens; tried on the first batch with padding, and the first without"
+    mask = inputs.get('attention_mask', inputs['input_ids']!=getattr(model.config, 'pad_token_id', None))
+    padded = not bool(torch.as_tensor(mask).all())
+    if padded in self.checked: return
+    model.eval()
+    others = {k: v for k,v in inputs.items() if k!='input_ids'}
+    outputs = model(**inputs),model(**others, inputs_embeds=embed(inputs['input_ids']))
+    preds = [o['logits'] if isinstance(o, dict) else o[0] for o in outputs]
+    model.train()
+    if not torch.allclose(*preds, rtol=1e-2, atol=1e-3): raise ValueError(
+        f'{type(model).__name__} predicts otherwise from inputs_embeds than from input_ids, as models do that look for the last token by its padding: '
+        'its texts cannot be mixed here, so use a model that pools by attention_mask, such as BERT')
+    self.checked.add(padded)
+
+# %% ../nbs/18a_trainer.ipynb #d78c3c21
+@patch
+def draw(self:MixTrainer,
+    inputs:dict, # Inputs of a batch, by name
+    labels:Tensor, # (bs, ...)
+    embed:callable, # Function of tokens
+) -> Plan:
+    "The plan of the batch, by its number"
+    step,i = self.batch
+    self.batch = (self.state.global_step,i+1 if step==self.state.global_step else 0)
+    self.mixer.set_rng(np.random.default_rng([self.args.seed, self.args.process_index, *self.batch]))
+    xs = [embed(v).detach() if k=='input_ids' else v for k,o in inputs.items() for v in tensors_in(o) if k=='input_ids' or isinstance(v, Tensor) and v.is_floating_point()]
+    if not xs: raise ValueError(f'MixTrainer mixes inputs that are floats, and tokens, "input_ids", but the batch has none among {", ".join(inputs)}: convert images to floats')
+    return self.mixer.draw_batch(tuple(xs), (labels,), pct=self.state.global_step/max(self.state.max_steps, 1))[0]

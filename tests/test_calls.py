@@ -176,10 +176,13 @@ def scattered(t, y): t.scatter_(1, y[:,None], 1)
 def test_what_is_made_of_losses_or_written_into_views(f):
     with pytest.raises(RuntimeError, match='trains on targets of a mixed batch'): called(f, x.clone().requires_grad_(), y)
 
-@pytest.mark.parametrize('f', [lambda u: u.mean(), lambda u: (2*u).view(-1, 1).sum()/5, lambda u: (u*torch.arange(bs)).mean(), lambda u: torch.stack([u,u]).mean()])
+linear = [lambda u: u.mean(), lambda u: (2*u).view(-1, 1).sum()/5, lambda u: (u*torch.arange(bs)).mean(), lambda u: torch.stack([u,u]).mean()]
+
+@pytest.mark.parametrize('f', linear, ids=['mean','sum','weights','twice'])
 def test_what_is_linear_in_losses_of_samples(f):
     got = called(lambda p,y: f(F.cross_entropy(p, y, reduction='none')), x.clone().requires_grad_(), y)
-    want = f(torch.stack([sum(w*F.cross_entropy(x[i:i+1], y[j:j+1]) for w,j in zip(ws, js)) for i,(ws,js) in enumerate(zip(plan.sample_weights, plan.pairs))]))
+    u = [sum(w*F.cross_entropy(x[i:i+1], y[j:j+1]) for w,j in zip(ws, js)) for i,(ws,js) in enumerate(zip(plan.sample_weights, plan.pairs))]
+    want = f(torch.stack(u))
     torch.testing.assert_close(got, want)
 
 masks,maps = torch.randint(c, (bs,4,4)),torch.randn(bs, c, 4, 4)
@@ -202,8 +205,9 @@ def test_numbers_that_are_scaled_by_the_batch():
     got = called(lambda p,y: F.mse_loss(p[:,0], (y-y.mean())/y.std()), x, t)
     torch.testing.assert_close(got, F.mse_loss(x[:,0], plan.mix((t-t.mean())/t.std())))
 
-@pytest.mark.parametrize('f', [lambda y: y.flip(0), lambda y: y.sort().values, lambda y: y[torch.randperm(bs)], lambda y: y[:3], lambda y: y.cumsum(0).clamp(max=c-1)],
-    ids=['flipped','sorted','shuffled','some','running'])
+others = [lambda y: y.flip(0), lambda y: y.sort().values, lambda y: y[torch.randperm(bs)], lambda y: y[:3], lambda y: y.cumsum(0).clamp(max=c-1)]
+
+@pytest.mark.parametrize('f', others, ids=['flipped','sorted','shuffled','some','running'])
 def test_targets_of_other_samples(f):
     with pytest.raises(ValueError, match='some of the samples, or with another order'): called(lambda p,y: F.cross_entropy(p[:len(f(y))], f(y)), x.clone().requires_grad_(), y)
 
@@ -222,7 +226,8 @@ def test_partners_of_which_more_is_made():
     "What leaves the batch's own targets as they are may change those of the partners"
     more = torch.cat([y.clamp(max=1),torch.full((bs,), 3)])
     second = Plan.of(torch.arange(bs)+bs, torch.rand(bs), n=2*bs)
-    torch.testing.assert_close(called(lambda p,y: F.cross_entropy(p, y.clamp(max=1)), x, more, second), by_sample(F.cross_entropy, plan=second, y=more.clamp(max=1)))
+    got = called(lambda p,y: F.cross_entropy(p, y.clamp(max=1)), x, more, second)
+    torch.testing.assert_close(got, by_sample(F.cross_entropy, plan=second, y=more.clamp(max=1)))
 
 def test_checkpoints():
     lin = nn.Linear(c, c)

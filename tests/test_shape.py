@@ -55,10 +55,10 @@ def test_length():
         assert text.count('\n') <= 350, name
         for f in functions(text): assert body_lines(f) <= 20, f'{name}.{f.name} has {body_lines(f)} lines'
 
-engines = {'calls','gan','lightning','loop','soft','trainer'}
+engines = {'calls','gan','lightning','loop','soft','trainer','variants'}
 
 def test_the_core_stays_small():
-    "What all engines share, without blank lines and nbdev's marks of cells"
+    "What all engines and variants share, without blank lines and nbdev's marks of cells"
     assert engines <= modules.keys()
     assert sum(bool(line.strip()) and line[:4]!='# %%' for name,o in modules.items() if name not in engines for line in o.splitlines()) <= 3320
 

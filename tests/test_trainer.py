@@ -184,7 +184,8 @@ def collate_nested(items):
 def test_nested_inputs(tmp_path):
     items = [dict(age=torch.rand(2), more=torch.rand(1), labels=i%3) for i in range(16)]
     model = Nested()
-    args = TrainingArguments(str(tmp_path), num_train_epochs=1, per_device_train_batch_size=16, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy='no', remove_unused_columns=False)
+    args = TrainingArguments(str(tmp_path), num_train_epochs=1, per_device_train_batch_size=16, report_to=[], use_cpu=True, disable_tqdm=True,
+        save_strategy='no', remove_unused_columns=False)
     trainer = MixTrainer(model=model, args=args, train_dataset=items, data_collator=collate_nested, mixer=MixUp(1.))
     trainer.get_train_dataloader = lambda: torch.utils.data.DataLoader(items, 16, collate_fn=collate_nested)
     trainer.train()
