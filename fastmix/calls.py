@@ -72,7 +72,7 @@ class FollowTargets(TorchFunctionMode):
         which,short = self.made_of((args,kwargs)),name.strip('_')
         terms = [t for t in tensors_in((args,kwargs)) if id(t) in self.terms or any(t is o for o in self.loss.results) and t.ndim] if self.loss.results else ()
         linear = short in _additive or len(terms)==1 and short in _linear
-        if terms and linear: self.terms.update({id(o): o for o in made if o.ndim})
+        if terms: self.terms.update({id(o): o for o in made if o.ndim and (linear or o.is_floating_point() and not o.requires_grad)})   # detached, it may be a weight
         if which and _is_in_place(name): self.written.update({id(o): (o,which,None) for o in (made[0],_base(made[0]))})
         elif which: self.made.update({id(o): (o,which,(f,args,kwargs,i)) for i,o in enumerate(made) if id(o) not in self.made})   # a function may return its argument
         if which or terms and not linear: self.trainable += [(name,o.grad_fn) for o in made if o.grad_fn is not None]

@@ -218,10 +218,7 @@ def adapt_plan(self:MixHandler,
 
 # %% ../nbs/09_handler.ipynb #957f9fb8
 @patch
-def needs_one_lam(self:MixHandler,
-    loss_func, # Loss, as a fastai `Learner` takes it
-    ys:tuple, # Targets
-) -> bool:
+def needs_one_lam(self:MixHandler, loss_func, ys):
     "Must the batch have one λ, since the loss cannot be left unreduced?"
     if loss_func is None or self.soft or as_multi(loss_func) is None and is_separable(loss_func): return False
     for f,y in zip(losses_of(loss_func, len(ys)), ys):

@@ -156,9 +156,7 @@ def fraction(self:Mixer,
 
 # %% ../nbs/05_mixer_base.ipynb #d8644bc4
 @patch
-def make_plan_with_p(self:Mixer,
-    d:Draw, # What to draw a plan from
-) -> Plan:
+def make_plan_with_p(self:Mixer, d):
     "The plan of `make_plan` for a fraction `p` of the samples; the others stay as they are"
     p = self.fraction(d.pct)
     if p>=1: return self.make_plan(d)
@@ -178,9 +176,7 @@ def _pieces(plan, bs):
     return [piece(slice(i, i+bs)) for i in range(0, n, bs)]
 
 @patch
-def can_draw_ahead(self:Mixer,
-    d:Draw, # What to draw a plan from
-) -> bool:
+def can_draw_ahead(self:Mixer, d):
     "Are plans for batches like this one independent of the content of the batch and of the progress of the training?"
     most = vars(type(self)).get('n_ahead', 0)   # not inherited: plans of a subclass may depend on the batch
     if d.partners or d.n!=d.bs or d.per_batch or self.per_batch or self.until<1 or not 0<2*d.bs<=most: return False

@@ -198,18 +198,13 @@ class OneOf(MixHandler):
         return join_plans({int(i): plan(self.mixers[i]) for i in np.unique(which)}, torch.from_numpy(which))
 
 # %% ../nbs/10_mixers.ipynb #9addc3fe
-def _check_probabilities(
-    p:list, # Weights
-    n:int, # How many there must be
-) -> list: # As many probabilities; they sum to 1
+def _check_probabilities(p, n):
     "`p` as probabilities, or a `ValueError` that says what is wrong"
     ok = len(p)==n and all(isinstance(o, numbers.Real) and 0<=o<math.inf for o in p)
     if ok and sum(p)>0: return [o/sum(p) for o in p]
     raise ValueError(f'p must hold a weight of at least 0 for each of the {n} mixers, and not only zeros, but it is {p!r}')
 
-def _check_part(
-    m, # A mixer, or None
-):
+def _check_part(m):
     "Raise an error if `m` cannot be combined with other mixers"
     if m is None: return
     if isinstance(m, fastai_mixup.MixHandler): raise TypeError(f"This {m!r} is fastai's own: import fastmix after fastai, since both use this name")

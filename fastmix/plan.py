@@ -143,15 +143,12 @@ def with_target_weights(self:Plan,
     "The same plan with other weights for the targets; a `ValueError` if they are no weights of its mixtures"
     res,shape = copy(self),(len(self.pairs),self.k)
     if not isinstance(weights, Tensor) or weights.shape not in (shape,(1,self.k)) or not weights.is_floating_point(): raise ValueError(
-        f'target_weights must be a tensor of floats of shape {shape}, a weight for the target of each sample in each mixture, but it is {_shape_of(weights)}')
-    weights = weights.detach().to(self.pairs.device)
-    sums = weights.sum(1)
-    if not ((sums-1).abs()<1e-3).all() or (weights<0).any(): raise ValueError(
-        f'target_weights must be at least 0, with the sum 1 in each row, but their least value is {weights.min():.4g}, and their sums go from {sums.min():.4g} to {sums.max():.4g}')
-    res._targets = self.reweighted(weights)
+        f'target_weights must be a tensor of floats of shape {shape}, but it is a {type(weights).__name__}' + (f' of {weights.dtype}, of shape {tuple(weights.shape)}' if isinstance(weights, Tensor) else ''))
+    sums,least = weights.sum(1),weights.min()
+    if not ((sums-1).abs()<1e-3).all() or least<0: raise ValueError(
+        f'target_weights must be at least 0, with the sum 1 in each row, but the least is {least:.4g}, and the sums go from {sums.min():.4g} to {sums.max():.4g}')
+    res._targets = self.reweighted(weights.detach().to(self.pairs.device))
     return res
-
-def _shape_of(o): return f'{o.dtype}, of shape {tuple(o.shape)}' if isinstance(o, Tensor) else f'a {type(o).__name__}'
 
 # %% ../nbs/03_plan.ipynb #f9a19333
 def unmixed_plan(

@@ -136,7 +136,7 @@ class Boxes(Region):
     def places(self, bs): return [(...,*map(slice, *o)) for o in self.where.expand(bs, -1, -1).tolist()]
 
 # %% ../nbs/02_regions.ipynb #17596db0
-class Mask(Region): "Masks (bs, *size), or (1, *size) for the whole batch, bool: paste here?"
+class Mask(Region): "Masks (bs, size...), or (1, size...) for the whole batch, bool: paste here?"
 
 # %% ../nbs/02_regions.ipynb #0e090cd5
 def _highest(height, lam, rng):

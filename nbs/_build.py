@@ -1,5 +1,5 @@
 "Site and README without Quarto, which can't come from PyPI; where it is installed, nbdev-docs and nbdev-readme work too"
-import html, re, shutil, sys
+import html, json, re, shutil, sys
 from importlib.resources import files
 from urllib.parse import unquote
 
@@ -59,13 +59,66 @@ def nb_site(path):
     site.project.website.pop('site-url', None)  # llms.txt, too, works wherever the site is
     return site
 
+def is_progress(out):
+    "Whether a notebook's output is a progress bar, which says nothing on a page"
+    return '<progress' in (s := ''.join(out.get('data', {}).get('text/html', '')) + ''.join(out.get('text', ''))) or '█' in s
+
+def tidy_table(s):
+    "HTML `s` with the tables of pandas and fastai in it made readable: one header row, and the columns of words to the left"
+    if '<table' not in s: return s
+    from bs4 import BeautifulSoup
+    soup = BeautifulSoup(s, 'html.parser')
+    for table in soup('table'):
+        head,body = ([o('th')+o('td') for o in part('tr')] if part else [] for part in (table.thead, table.tbody))
+        if not head or not body: continue
+        n = len(table.tbody.tr('td'))  # the columns of data; those before are the index
+        if len(head)>1 and not any(o.text.strip() for o in head[-1][-n:]):  # a row with the names of the index alone
+            for a,b in zip(head[-2], head[-1][:-n]):
+                if not a.text.strip(): a.string = b.text.strip()
+            if all(a.text.strip() in ('', b.text.strip()) or i>=len(head[-1])-n for i,(a,b) in enumerate(zip(head[-2], head[-1]))):
+                head.pop()[0].parent.decompose()
+        for row in head + body:
+            for o in row[:-n]: o['class'] = 'words'
+            for o in row: o.string = o.text.strip().lstrip('_')  # fastai's name of a metric may begin with _
+        widths = [max(len(row[-j].text) for row in body+head[-1:] if len(row)>=j) for j in range(1, len(head[-1])+1)]
+        if sum(widths)+len(widths)>95: table['class'] = [*table.get('class', []), 'wide']
+        for j in range(1, n+1):
+            cells = [row[-j] for row in body if len(row)>=n]
+            if not any(re.search('[A-Za-z]{2}', o.text) for o in cells): continue
+            for o in [head[-1][-j], *cells]: o['class'] = 'words' if len(o.text.strip())<=24 else 'words long'
+    return str(soup)
+
+def plain(md, n=150):
+    "The text of the last paragraph of markdown `md`, without its marks, of at most `n` characters"
+    md = re.sub(r'\n*(```|:::).*?(\n\1|$)', '', md.strip(), flags=re.DOTALL).split('\n\n')[-1]
+    md = re.sub(r'!?\[([^]]*)\]\([^)]*\)', r'\1', md)
+    md = re.sub(r'(?m)^#+ |\{#.*?\}|[`*$|{}()\\]' if '\\' in md else r'(?m)^#+ |\{#.*?\}|[`*$|]', '', md)
+    md = re.sub(r'\s+', ' ', md).strip(' :')
+    return md if len(md)<=n else md[:n-1].rsplit(' ', 1)[0] + '…'
+
+def tidy(path):
+    "Make the outputs of the notebooks in `path` fit for a page, and say for who can't see an image what it's about"
+    for p in path.rglob('*.ipynb'):
+        nb,alt = json.loads(p.read_text(encoding='utf-8')),''
+        for c in nb['cells']:
+            s = ''.join(c['source'])
+            if c['cell_type']=='markdown': alt = plain(s) or alt
+            if c['cell_type']!='code': continue
+            c['outputs'] = [o for o in c['outputs'] if not is_progress(o)]
+            for o in c['outputs']:
+                if 'text/html' in o.get('data', {}): o['data']['text/html'] = tidy_table(''.join(o['data']['text/html']))
+            if alt and 'fig-alt' not in s and any('image/' in ' '.join(o.get('data', {})) for o in c['outputs']):
+                c['source'] = f'#| fig-alt: {json.dumps(alt, ensure_ascii=False)}\n{s}'
+        p.write_text(json.dumps(nb), encoding='utf-8')
+
 def docs():
     "Build the site"
     if sys.version_info<(3,11): sys.exit('The site needs Python 3.11 or newer, for smalldocs: make clean docs python=python3.11')
     from nbdev.quarto import refresh_quarto_yml
     from nbdev.serve import proc_nbs
     refresh_quarto_yml()
-    site = nb_site(proc_nbs(force=True))
+    tidy(path := proc_nbs(force=True))
+    site = nb_site(path)
     site.build()
     # The site works without the network: no theme's web font, but a font for the maths, which few systems have
     for css in site.out.glob('site_libs/themes/*.css'): css.write_text(re.sub(r'@import url\([^)]*\);', '', css.read_text()))

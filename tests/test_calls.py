@@ -157,6 +157,10 @@ def focal(p, y):
     u = F.cross_entropy(p, y, reduction='none')
     return ((1-(-u).exp())**2*u).mean()
 
+def focal_by_weights(p, y):
+    u = F.cross_entropy(p, y, reduction='none')
+    return ((1-(-u.detach()).exp())**2*u).mean()
+
 def one_hot(write):
     def f(p, y):
         t = torch.zeros(bs, c)
@@ -171,8 +175,8 @@ def by_column(t, y):
 def in_a_view(t, y): t.view(-1)[torch.arange(bs)*c+y] = 1
 def scattered(t, y): t.scatter_(1, y[:,None], 1)
 
-@pytest.mark.parametrize('f', [focal, lambda p,y: F.cross_entropy(p, y, reduction='none').square().mean(), *map(one_hot, (by_row,by_column,in_a_view,scattered))],
-    ids=['focal','squared','by row','by column','in a view','scattered'])
+@pytest.mark.parametrize('f', [focal, focal_by_weights, lambda p,y: F.cross_entropy(p, y, reduction='none').square().mean(), *map(one_hot, (by_row,by_column,in_a_view,scattered))],
+    ids=['focal','detached','squared','by row','by column','in a view','scattered'])
 def test_what_is_made_of_losses_or_written_into_views(f):
     with pytest.raises(RuntimeError, match='trains on targets of a mixed batch'): called(f, x.clone().requires_grad_(), y)
 

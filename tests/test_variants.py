@@ -1,8 +1,6 @@
 "Target weights, Remix, RegMixup and LISA, each against its formula, sample by sample"
 from functools import partial
 import numpy as np, pytest, torch, torch.nn.functional as F
-from fastai.callback.core import Callback
-from fastai.data.core import DataLoaders
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 from fastai.metrics import accuracy
 from torch import nn
@@ -79,12 +77,15 @@ def test_remix_errors(make, match):
     with pytest.raises(ValueError, match=match): make()
 
 # Target weights of any kind
-@pytest.mark.parametrize('mixer', [MixUp, partial(MixUp, k=3), partial(MixUp, p=.5), CutMix, partial(OneOf, MixUp(1.), CutMix(), per_batch=False), partial(ManifoldMixUp, layers='0')],
-    ids=['MixUp','three','some','CutMix','joined','hidden'])
+kinds = dict(blended=MixUp, three=partial(MixUp, k=3), some=partial(MixUp, p=.5), cut=CutMix, joined=partial(OneOf, MixUp(1.), CutMix(), per_batch=False),
+    hidden=partial(ManifoldMixUp, layers='0'))
+
+@pytest.mark.parametrize('mixer', kinds.values(), ids=kinds)
 def test_target_weights_change_the_loss_only(mixer):
     f = Weights()
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
-    learn = quiet_fit(mk_learn(mk_dls([torch.rand(64, 1, 8, 8)], [torch.randint(c, (64,))]), model, nn.CrossEntropyLoss(), cbs=[mixer(target_weights=f), Record()]))
+    dls = mk_dls([torch.rand(64, 1, 8, 8)], [torch.randint(c, (64,))])
+    learn = quiet_fit(mk_learn(dls, model, nn.CrossEntropyLoss(), cbs=[mixer(target_weights=f), Record()]))
     assert len(f.seen)==8
     for b,w in zip(learn.record.batches, f.seen): torch.testing.assert_close(b['loss'], by_hand(b, w))
 
@@ -122,18 +123,23 @@ def test_plans_made_of_plans_keep_them():
     leaning = plan.with_target_weights(torch.cat([w,1-w], 1))
     assert leaning.take(rows).target_weights.equal(leaning.target_weights[rows]) and leaning.to('meta').for_targets.weights.device.type=='meta'
     only = torch.arange(bs)<3
-    assert leaning.exclude(only).target_weights[:3].equal(torch.tensor([[1.,0.]]*3)) and leaning.exclude(only).target_weights[3:].equal(leaning.target_weights[3:])
+    assert leaning.exclude(only).target_weights[:3].equal(torch.tensor([[1.,0.]]*3))
+    assert leaning.exclude(only).target_weights[3:].equal(leaning.target_weights[3:])
     assert plan.target_weights is plan.weights and plan.for_targets is plan
 
 def fit_with(mixer, y=y, loss_func=None):
-    learn = mk_learn(mk_dls([torch.rand(len(y), 4, 4, 4)], [y]), nn.Conv2d(4, c, 1) if y.ndim>1 else nn.Sequential(nn.Flatten(), nn.Linear(64, c)), loss_func or nn.CrossEntropyLoss(), cbs=mixer)
+    model = nn.Conv2d(4, c, 1) if y.ndim>1 else nn.Sequential(nn.Flatten(), nn.Linear(64, c))
+    learn = mk_learn(mk_dls([torch.rand(len(y), 4, 4, 4)], [y]), model, loss_func or nn.CrossEntropyLoss(), cbs=mixer)
     before = [p.clone() for p in learn.model.parameters()]
     try: quiet_fit(learn)
     finally: assert all(a.equal(b) for a,b in zip(before, learn.model.parameters()))
 
-@pytest.mark.parametrize(('f','match'), [(lambda plan, xb, yb: plan.weights*2, 'with the sum 1 in each row'), (lambda plan, xb, yb: plan.weights*torch.nan, 'with the sum 1'),
-    (lambda plan, xb, yb: plan.weights.flip(1)*3-1, 'at least 0'), (lambda plan, xb, yb: plan.weights[:,0], r'of shape \(8, 2\).* but it is torch.float32, of shape \(8,\)'),
-    (lambda plan, xb, yb: plan.weights.tolist(), 'but it is a list'), (lambda plan, xb, yb: plan.pairs, 'tensor of floats')], ids=['sum','nan','negative','shape','list','integers'])
+wrong = dict(sum=(lambda plan, xb, yb: plan.weights*2, 'with the sum 1 in each row'), nan=(lambda plan, xb, yb: plan.weights*torch.nan, 'with the sum 1'),
+    negative=(lambda plan, xb, yb: plan.weights.flip(1)*3-1, 'at least 0'), list=(lambda plan, xb, yb: plan.weights.tolist(), 'but it is a list'),
+    shape=(lambda plan, xb, yb: plan.weights[:,0], r'of shape \(8, 2\), but it is a Tensor of torch.float32, of shape \(8,\)'),
+    integers=(lambda plan, xb, yb: plan.pairs, 'tensor of floats'))
+
+@pytest.mark.parametrize(('f','match'), wrong.values(), ids=wrong)
 def test_what_are_no_weights(f, match):
     with pytest.raises(ValueError, match=match): fit_with(MixUp(1., target_weights=f))
 
@@ -186,7 +192,8 @@ def test_regmixup_of_numbers():
         torch.testing.assert_close(b['loss'], F.mse_loss(b['pred'][bs:], b['yb'][0]) + 2*F.mse_loss(b['pred'][:bs], t[:bs]))
 
 def test_regmixup_of_masks_that_are_cut():
-    learn = mk_learn(mk_dls([torch.rand(32, 4, 4, 4)], [torch.randint(c, (32,4,4))]), nn.Conv2d(4, c, 1), CrossEntropyLossFlat(axis=1), cbs=[RegMixUp(CutMix(), eta=.5), Record()])
+    dls = mk_dls([torch.rand(32, 4, 4, 4)], [torch.randint(c, (32,4,4))])
+    learn = mk_learn(dls, nn.Conv2d(4, c, 1), CrossEntropyLossFlat(axis=1), cbs=[RegMixUp(CutMix(), eta=.5), Record()])
     for b in quiet_fit(learn).record.batches:
         t = b['plan'].mix(b['yb'][0])
         torch.testing.assert_close(b['loss'], F.cross_entropy(b['pred'][bs:], b['yb'][0]) + .5*F.cross_entropy(b['pred'][:bs], t[:bs]))

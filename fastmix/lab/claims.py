@@ -7,7 +7,7 @@ Docs: https://fastmix.github.io/fastmix/claims.html.md"""
 # %% ../../nbs/35_claims.ipynb #d4cdb27d
 from __future__ import annotations
 
-import io
+import io, textwrap
 from base64 import b64encode
 from typing import NamedTuple
 
@@ -304,17 +304,16 @@ def plot_claims(
     ax:plt.Axes=None, # Where to draw; new axes by default
 ) -> plt.Axes:
     "The change in each setting of each claim, with its 95 % interval"
-    ax = ax or plt.subplots(figsize=(9, .8+.22*len(claims)), layout='constrained')[1]
+    ax = ax or plt.subplots(figsize=(9, .8+.3*len(claims)), layout='constrained')[1]
     for i,claim in enumerate(claims):
         for y,f in zip(i+np.linspace(-.3, .3, 2*len(claim.findings)+1)[1::2], claim.findings):
             x,c = _direction(claim)*f.change,colors[sign(claim, f.so)]
-            ax.plot([x-f.half,x+f.half], [y,y], c=c, lw=1.2, alpha=.7)
-            if abs(x)<limit: ax.plot(x, y, 'o', c=c, ms=4)
-            else: ax.plot(np.sign(x)*(limit-2), y, '>' if x>0 else '<', c=c, ms=6)   # beyond the axis
+            if abs(x)<limit: ax.plot([x-f.half,x+f.half], [y,y], c=c, lw=1.2, alpha=.7), ax.plot(x, y, 'o', c=c, ms=4)
+            else: ax.plot(np.sign(x)*(limit-2), y, '>' if x>0 else '<', c=c, ms=4)   # beyond the axis
     ax.axvline(0, c='k', lw=.8)
-    ax.set(yticks=range(len(claims)), yticklabels=names, ylim=(len(claims)-.4,-.6), xlim=(-limit,limit), xlabel='change in the claimed direction, % of the result without mixup')
+    ax.set(yticks=range(len(claims)), yticklabels=[textwrap.fill(o, 44) for o in names], ylim=(len(claims)-.4,-.6), xlim=(-limit,limit), xlabel='change in the claimed direction, % of the result without mixup')
     for label,claim in zip(ax.get_yticklabels(), claims): label.set_url(f'{home}{claim.page}.html')
-    ax.tick_params(axis='y', length=0, labelsize='small')
+    ax.tick_params(axis='y', length=0, labelsize=9)
     ax.spines[['top','right','left']].set_visible(False)
     handles = [plt.Line2D([], [], marker='o', c=colors[k], label=word) for k,word in zip((1,0,-1), words)]
     ax.legend(handles=handles, loc='lower center', bbox_to_anchor=(.5,1), ncols=3, frameon=False)

@@ -112,8 +112,9 @@ def _plot_kind(runs, curves, reliability):
         reliability.plot(conf, acc, label=training)
         reliability.scatter(conf, acc, 300*fraction, clip_on=False, zorder=3)
     reliability.plot([0,1], [0,1], '--', c='.6', lw=1)
-    curves.set(title=f'Training labels: {runs["labels"].iloc[0]}', xlabel='epoch', ylabel='validation error, %', ylim=(0,None))
+    curves.set(title=f'labels: {runs["labels"].iloc[0]}', xlabel='epoch', ylabel='validation error, %', ylim=(0,None))
     reliability.set(title=curves.get_title(), xlabel='confidence', ylabel='accuracy', xlim=(0,1), ylim=(0,1), aspect='equal')
+    for o in curves.lines: o.set(marker='o', markersize=3)  # one epoch has no line
     curves.legend()
 
 def plot_runs(
@@ -123,7 +124,7 @@ def plot_runs(
     "A mixed batch, learning curves, a thin line for each seed and a thick one for their mean, and reliability diagrams of all seeds"
     kinds = list(runs['labels'].unique())
     below = [f'{what} {o}' for what in ('curves','reliability') for o in kinds]
-    fig,axs = plt.subplot_mosaic([['batch']*len(below),below], figsize=(15,6.6), height_ratios=[2.6,4], layout='constrained')
+    fig,axs = plt.subplot_mosaic([['batch']*len(below),below], figsize=(11,5.6), height_ratios=[2,3.6], layout='constrained')
     axs['batch'].imshow(batch)
     axs['batch'].axis('off')
     for o in kinds: _plot_kind(runs[runs['labels']==o], axs[f'curves {o}'], axs[f'reliability {o}'])
