@@ -55,6 +55,7 @@ class FollowTargets(TorchFunctionMode):
         super().__init__()
         self.loss,self.trainable,self.terms,self.written = loss,[],{},{}   # what is trained on targets, (name, node of the graph); by id: what is linear in losses of samples, what targets were written into
         self.made = {id(y): (y,{i},i) for i,(y,m) in enumerate(zip(loss.yb, loss.mixed)) if m}   # by id: a tensor, the targets that it is made of, and how
+        self.blends = {id(y): y for y,m in zip(loss.yb, loss.mixed) if not m}   # by id: what is as much a blend as the blended targets are
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
         in_loss = self.loss.calls and sum(map(self.loss.is_for, self.loss.calls)) > len(self.loss.results)
@@ -72,6 +73,9 @@ class FollowTargets(TorchFunctionMode):
         which,short = self.made_of((args,kwargs)),name.strip('_')
         terms = [t for t in tensors_in((args,kwargs)) if id(t) in self.terms or any(t is o for o in self.loss.results) and t.ndim] if self.loss.results else ()
         linear = short in _additive or len(terms)==1 and short in _linear
+        blended = [o for o in made if not o.requires_grad] if self.blends and any(id(t) in self.blends for t in tensors_in((args,kwargs))) else ()
+        self.blends.update({id(o): o for o in blended if o.is_floating_point()})
+        self.made.update({id(o): (o,{0},None) for o in blended if not o.is_floating_point()})   # rounded or compared, a blend is no blend of what it stands for
         if terms: self.terms.update({id(o): o for o in made if o.ndim and (linear or o.is_floating_point() and not o.requires_grad)})   # detached, it may be a weight
         if which and _is_in_place(name): self.written.update({id(o): (o,which,None) for o in (made[0],_base(made[0]))})
         elif which: self.made.update({id(o): (o,which,(f,args,kwargs,i)) for i,o in enumerate(made) if id(o) not in self.made})   # a function may return its argument
@@ -87,30 +91,34 @@ class FollowTargets(TorchFunctionMode):
         "The numbers of the targets that tensors in `o` are made of"
         return set().union(*(how[1] for how in map(self.how_made, tensors_in(o)) if how))
 
-    def remake(self,
-        o, # A tensor that is made of the targets, or anything else
-        ys:tuple, # Other targets, as those of the batch
-    ):
-        "What `o` would be if the targets had been `ys`; a `ValueError` if it was written to in place"
-        if not self.how_made(o): return o
-        how = self.how_made(o)[2]
-        if isinstance(how, int): return ys[how]
-        if how is None: raise ValueError('A loss is called with a tensor that targets of a mixed batch were written into, which cannot be done for those of the partners: '
-            'make the target by functions that return a new tensor, such as F.one_hot(y, c) or torch.where')
-        f,args,kwargs,i = how
-        args,kwargs = map_tensors(partial(self.remake, ys=ys), (args,kwargs))
-        return [t for t in tensors_in(f(*args, **kwargs)) if isinstance(t, Tensor)][i]
-
-    def check_trained(self,
-        losses:list, # Tensors
-    ):
-        "Raise a `RuntimeError` if one of `losses` is made of targets in another way than by the loss of the batch"
-        for name,node in self.trainable:
-            if any(depends_on(o, [node]) for o in losses): raise self.error(name)
-
     def error(self, name): return RuntimeError(
         f'{name} trains on targets of a mixed batch outside of the loss that is mixed, or on losses of its samples, where only the own targets of the samples would count: '
         'compute all of it in one loss, as MixLoss(loss_func) or Mixing(mixer, loss="loss_func") mix it, or detach the predictions if this is not trained, as in a metric')
+
+# %% ../nbs/17b_calls.ipynb #5a17b0d0
+@patch
+def remake(self:FollowTargets,
+    o, # A tensor that is made of the targets, or anything else
+    ys:tuple, # Other targets, as those of the batch
+):
+    "What `o` would be if the targets had been `ys`; a `ValueError` if it was written to in place"
+    if not self.how_made(o): return o
+    how = self.how_made(o)[2]
+    if isinstance(how, int): return ys[how]
+    if how is None: raise ValueError('A loss is called with a tensor that targets of a mixed batch were written into, which cannot be done for those of the partners: '
+        'make the target by functions that return a new tensor, such as F.one_hot(y, c) or torch.where')
+    f,args,kwargs,i = how
+    args,kwargs = map_tensors(partial(self.remake, ys=ys), (args,kwargs))
+    return [t for t in tensors_in(f(*args, **kwargs)) if isinstance(t, Tensor)][i]
+
+# %% ../nbs/17b_calls.ipynb #5a17b0d1
+@patch
+def check_trained(self:FollowTargets,
+    losses:list, # Tensors
+):
+    "Raise a `RuntimeError` if one of `losses` is made of targets in another way than by the loss of the batch"
+    for name,node in self.trainable:
+        if any(depends_on(o, [node]) for o in losses): raise self.error(name)
 
 # %% ../nbs/17b_calls.ipynb #72ac20e3
 class MixCalls(FollowTargets):
@@ -123,7 +131,8 @@ class MixCalls(FollowTargets):
         strict:bool=True, # Raise errors? Otherwise call `check` and `check_trained`
     ):
         if plan.n==1: plan = unmixed_plan(len(plan.pairs)).to(plan.pairs.device)
-        if plan.split: raise ValueError('RegMixUp adds two losses of the whole batch: train with MixLoss(loss_func) and the plan')
+        if plan.split: raise ValueError(
+            'RegMixUp adds two losses of the whole batch: train with MixLoss(loss_func) and the plan, or in Lightning, make the loss an attribute loss_func of the module')
         super().__init__(MixLoss(F.cross_entropy, plan, yb, True))   # whose targets are never blended
         plan = self.loss.plan
         self.y_int,self.soft,self.strict,self.grad = y_int,soft,strict,torch.is_grad_enabled()
@@ -177,7 +186,9 @@ def call_unmixed(self:MixCalls, f, args, kwargs, y):
 @patch
 def mixed(self:MixCalls, f, pred, y, options):
     "The loss `f` for what `y` is made of, in each part of the mixtures"
-    loss,bs = MixLoss(partial(f, **options), y_int=self.y_int, soft=self.soft),len(self.loss.yb[0])
+    bs,n = len(self.loss.yb[0]),len(pred) if options.get('reduction')=='batchmean' else 1
+    if n>1: options = options | dict(reduction='sum')
+    loss = MixLoss(partial(f, **options), y_int=self.y_int, soft=self.soft)
     joined = y.ndim==1 and len(y)!=bs and len(y)%bs==0 and pred.ndim<3   # all places of all samples in one row
     def rows(o): return o.unflatten(0, (bs,-1)) if joined else o
     def same(order): return torch.allclose(rows(self.remake(y, tuple(o[order] for o in self.parts[0]))).double(), rows(y)[order].double(), equal_nan=True)
@@ -185,5 +196,5 @@ def mixed(self:MixCalls, f, pred, y, options):
     if not y.ndim or not joined and len(y)!=bs or not (isinstance(self.how_made(y)[2], int) or same(order.flip(0)) and same(order.roll(1))): raise ValueError(
         f'{f.__name__} is called with some of the samples, or with another order of them, of shape {tuple(y.shape)}, and cannot be mixed: call it with one row for each of the {bs} samples, in order')
     pred = rows(pred).movedim(2, 1) if joined and pred.ndim==2 else rows(pred)
-    res = loss(pred, torch.cat([rows(self.remake(y, o)) for o in self.parts]), plan=self.plan)
+    res = loss(pred, torch.cat([rows(self.remake(y, o)) for o in self.parts]), plan=self.plan)/n
     return res.flatten() if joined and res.ndim else res

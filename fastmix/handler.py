@@ -130,7 +130,7 @@ def after_loss(self:MixHandler):
 @patch
 def after_backward(self:MixHandler):
     "Raise a `RuntimeError` if what is trained is not made of the mixed loss"
-    mixed,trained = self.record and self.record.loss.results,self.learn.loss_grad
+    mixed,trained = self.record and any(self.record.loss.mixed) and self.record.loss.results,self.learn.loss_grad
     if not mixed or trained is mixed[-1] or trained.grad_fn is None or depends_on(trained, mixed): return
     self.restore()
     raise RuntimeError(f'{self!r} has mixed the loss of this batch, but after `after_loss` another one is trained, on the labels of one part only: '

@@ -184,7 +184,7 @@ def check(self:Mixing,
         f'{self.mixer!r} mixed this batch, but its loss was not mixed, since training_step has not called {loss} with the targets as they are in the batch: '
         f'have it call {loss}(pred, y), with y itself, no copy or view, or name the loss that it calls, as in Mixing(MixUp(.4), loss="criterion"). '
         'A loss of your own that is a property, or in a list or dict, must be made an attribute')
-    graphs,mixed = [o for o in trained if getattr(o, 'grad_fn', None) is not None],record.loss.results
+    graphs,mixed = [o for o in trained if getattr(o, 'grad_fn', None) is not None],any(record.loss.mixed) and record.loss.results
     if mixed and graphs and not any(depends_on(o, mixed) for o in graphs): raise RuntimeError(
         f'training_step has called {loss}, but trains another loss, which uses the labels of one part only: have it return what {loss} returns, '
         'or pass the name of the loss that it trains, as in Mixing(MixUp(.4), loss="criterion")')

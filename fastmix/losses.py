@@ -333,9 +333,9 @@ def forward(self:MixLoss,
         if self._versions: self._check_unchanged()
         plan,targets,mixed = self.plan,self.targets,self.mixed
     else: return loss_func(pred, *yb)
-    if not any(mixed): return loss_func(pred, *targets)
-    for name,o in kwargs.items(): _check_keyword(name, o, pred, len(yb[0]))
-    if plan.split: res = plan.split(MixLoss(loss_func, y_int=self._y_int, soft=self.soft, check=self._check), pred, targets)
+    for name,o in kwargs.items() if any(mixed) else (): _check_keyword(name, o, pred, len(yb[0]))
+    if not any(mixed): res = loss_func(pred, *targets)
+    elif plan.split: res = plan.split(MixLoss(loss_func, y_int=self._y_int, soft=self.soft, check=self._check), pred, targets)
     elif self.soft and all(mixed) and not targets[0].is_floating_point(): res = soft_loss(loss_func, plan, pred, targets)
     else: res = _mix_losses(loss_func, plan, pred, targets, mixed, self._check, self._y_int)
     if self.plan is not None: self.results.append(res)

@@ -112,10 +112,11 @@ class CleanLoss(Metric):
     def reset(self): self.total,self.count = 0.,0
 
     def accumulate(self, learn):
-        record,bs = _record(learn),find_bs(learn.yb)
+        record = _record(learn)
         if record and any(a is not b for a,b in zip(tensors_in(learn.xb), tensors_in(record.mixed_xb))): raise RuntimeError(
             'A callback has changed the inputs of this batch after they were mixed, so the loss without mixing is unknown: give it an `order` below 9.5')
         loss = self.loss(learn, record.xb, record.yb) if record else learn.loss.mean()
+        bs = find_bs(record.yb if record else learn.yb)
         self.total,self.count = self.total + learn.to_detach(loss)*bs,self.count+bs
 
     def loss(self, learn, xb, yb):

@@ -220,8 +220,10 @@ def _weigh_targets(plan, f, xb, yb):
     "The plan with target weights by `f`; a `ValueError` if these targets cannot be weighed"
     if not yb or any(len(y)!=plan.n for y in yb): raise ValueError(
         f'target_weights needs the targets of all samples and partners, but there are {[len(y) for y in yb] or "none"} for {plan.n}: pass them, as in mixer.draw(x, y)')
-    if not all(map(plan.is_blended, yb)): raise ValueError('target_weights are for targets of whole samples, but a mask is cut with its image: use MixUp, or leave out target_weights')
-    return plan.with_target_weights(f(plan, xb, yb))
+    if plan.region is not None and any(map(plan.region.is_over, yb)): raise ValueError('target_weights are for targets of whole samples, but a mask is cut with its image: use MixUp, or leave out target_weights')
+    seen = copy(plan)
+    seen.weights = plan.weights.clone()   # which `f` may write into
+    return plan.with_target_weights(f(seen, xb, yb))
 
 # %% ../nbs/05_mixer_base.ipynb #2872ac65
 @patch

@@ -147,7 +147,7 @@ def with_target_weights(self:Plan,
     sums,least = weights.sum(1),weights.min()
     if not ((sums-1).abs()<1e-3).all() or least<0: raise ValueError(
         f'target_weights must be at least 0, with the sum 1 in each row, but the least is {least:.4g}, and the sums go from {sums.min():.4g} to {sums.max():.4g}')
-    res._targets = self.reweighted(weights.detach().to(self.pairs.device))
+    res._targets = self.reweighted(weights.detach().to(self.pairs.device, torch.float))
     return res
 
 # %% ../nbs/03_plan.ipynb #f9a19333

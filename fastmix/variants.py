@@ -25,7 +25,7 @@ __all__ = ['Remix', 'SplitPlan', 'RegMixUp', 'lisa']
 
 # %% ../nbs/10a_variants.ipynb #6d10a014
 class Remix:
-    "Weights of targets that lean towards the rarer class, for `target_weights`: [Remix](https://arxiv.org/abs/2007.03943), section 3"
+    "Weights of targets that lean towards the rarer class, for `target_weights`: [Remix](https://arxiv.org/abs/2007.03943)"
     def __init__(self,
         counts:list, # Number of training samples of each class, in the order of the vocab
         kappa:float=3., # κ: how many times as frequent the other class must be, at least 1
@@ -96,14 +96,14 @@ class SplitPlan(JoinedPlan):
 
 # %% ../nbs/10a_variants.ipynb #6d10a021
 class RegMixUp(OneOf):
-    "Train on the samples and on their mixtures: [RegMixup](https://arxiv.org/abs/2206.14502), eq. 5"
+    "Train on the samples and on their mixtures: [RegMixup](https://arxiv.org/abs/2206.14502)"
     @delegates(MixHandler, but='p,per_batch')
     def __init__(self,
         mixer:MixHandler, # How to mix, such as `MixUp(10.)`
         eta:float=1., # η: weight of the loss of the mixtures; that of the samples is 1
         **kwargs # For `MixHandler`
     ):
-        check_mixer(mixer, 'RegMixUp(MixUp(10.))')
+        if isinstance(check_mixer(mixer, 'RegMixUp(MixUp(10.))'), RegMixUp): raise ValueError('RegMixUp cannot be nested: pass it the inner mixer, as in RegMixUp(MixUp(10.))')
         if not (isinstance(eta, numbers.Real) and 0<=eta<math.inf): raise ValueError(f'eta must be a number of at least 0, such as 1, but it is {eta!r}')
         super().__init__(mixer, **kwargs)
         self.eta = float(eta)

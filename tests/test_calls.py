@@ -206,6 +206,11 @@ nan = torch.where(torch.rand(bs)<.3, torch.nan, torch.randn(bs))
 def test_what_is_made_of_each_sample_s_target(f, pred, target):
     torch.testing.assert_close(called(f, pred, target), by_sample(f, pred=pred, y=target))
 
+def test_the_mean_over_the_batch():
+    t = torch.rand(bs, c).softmax(1)
+    got = called(lambda p,y: F.kl_div(p.log_softmax(1), y, reduction='batchmean'), x, t)
+    torch.testing.assert_close(got, by_sample(lambda p,y: F.kl_div(p.log_softmax(1), y, reduction='sum'), y=t))
+
 def test_numbers_that_are_scaled_by_the_batch():
     t = torch.randn(bs)
     got = called(lambda p,y: F.mse_loss(p[:,0], (y-y.mean())/y.std()), x, t)

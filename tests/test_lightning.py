@@ -796,6 +796,23 @@ def test_what_is_trained_on_labels_beside_the_loss(cls):
     with pytest.raises(RuntimeError, match='trains on targets of a mixed batch outside of the loss'): fit(module, MixUp(1.))
     assert unchanged(module, before)
 
+class Several(Digits):
+    "Labels that are blended, and a second loss of what the step makes of them"
+    def training_step(self, batch, batch_idx):
+        x,y = self.shape.take(batch)
+        pred = self(x)
+        return self.loss_func(pred, y) + self.other(pred, y)
+class Rounded(Several):
+    def other(self, pred, y): return F.binary_cross_entropy_with_logits(pred[:,0], (y.sum(1)>.5).float())
+class Linear(Several):
+    def other(self, pred, y): return F.l1_loss(pred.mean(1), y.mean(1)) + F.huber_loss(pred, 2*y-1)
+
+def test_blended_targets_that_are_rounded():
+    x,y = digits()
+    def train(cls): fit(cls(as_tuple, loss=nn.BCEWithLogitsLoss()), MixUp(1.), dl=load(x, F.one_hot(y, 10).float()))
+    with pytest.raises(RuntimeError, match='trains on targets of a mixed batch outside'): train(Rounded)
+    train(Linear)
+
 def test_what_is_only_logged_may_use_the_labels():
     class Logs(Margin):
         def logits(self, pred, y):

@@ -10,7 +10,7 @@ from fastmix.data import digit_images, image_dls
 from fastmix.loop import MixCollate
 from fastmix.losses import MixLoss, MultiLoss
 from fastmix.manifold import ManifoldMixUp
-from fastmix.metrics import MixMetric
+from fastmix.metrics import CleanLoss, MixMetric
 from fastmix.mixers import CutMix, MixUp, OneOf
 from fastmix.partners import SecondLoader
 from fastmix.plan import Plan
@@ -143,6 +143,18 @@ wrong = dict(sum=(lambda plan, xb, yb: plan.weights*2, 'with the sum 1 in each r
 def test_what_are_no_weights(f, match):
     with pytest.raises(ValueError, match=match): fit_with(MixUp(1., target_weights=f))
 
+def test_masks_of_which_some_are_cut():
+    for mixer in OneOf(MixUp(1.), CutMix(), per_batch=False, target_weights=Weights()),RegMixUp(CutMix(), target_weights=Weights()):
+        with pytest.raises(ValueError, match='a mask is cut with its image'): fit_with(mixer, torch.randint(c, (bs,4,4)), CrossEntropyLossFlat(axis=1))
+
+def test_a_function_may_write_into_the_weights():
+    def f(plan, xb, yb):
+        w = plan.sample_weights
+        w[:] = torch.tensor([0.,1.])
+        return w.double()
+    plan = MixUp(1., target_weights=f).draw(x, y)
+    assert plan.target_weights.equal(torch.tensor([[0.,1.]]*bs)) and (plan.weights[:,0]>=.5).all()
+
 def test_errors():
     with pytest.raises(TypeError, match=r'target_weights must be a function of \(plan, xb, yb\)'): MixUp(target_weights=.5)
     with pytest.raises(TypeError, match=r'called as target_weights\(plan, xb, yb\)'): MixUp(target_weights=lambda plan: plan.weights)
@@ -239,6 +251,13 @@ def test_regmixup_leaves_all_else_alone():
     preds,targs = learn.get_preds()
     assert learn.validate()[1]==pytest.approx(accuracy(preds, targs).item())
 
+def test_the_clean_loss_counts_each_sample_once():
+    learn = mk_learn(class_dls(n=64), metrics=CleanLoss(), cbs=RegMixUp(MixUp(1.), until=.5))
+    learn.recorder.train_metrics = True
+    quiet_fit(learn, lr=0.)
+    x,y = (torch.stack(o) for o in zip(*learn.dls.train_ds))
+    assert dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))['train_clean_loss']==pytest.approx(F.cross_entropy(learn.model(x), y).item(), rel=1e-5)
+
 def test_regmixup_with_a_second_loader_and_remix():
     images,labels = torch.rand(64, 1, 8, 8),torch.randint(c, (64,))
     dls = mk_dls([images], [labels])
@@ -253,7 +272,7 @@ def test_the_weight_of_mixtures_may_be_0():
     for b in learn.record.batches: torch.testing.assert_close(b['loss'], F.cross_entropy(b['pred'][bs:], b['yb'][0]))
 
 @pytest.mark.parametrize(('make','error','match'), [(lambda: RegMixUp(.4), TypeError, 'mixer must be one of fastmix'), (lambda: RegMixUp(MixUp), TypeError, 'add parentheses'),
-    (lambda: RegMixUp(MixUp(1.), -1), ValueError, 'eta must be a number of at least 0'), (lambda: RegMixUp(ManifoldMixUp()), ValueError, 'mixes behind hidden layers'),
+    (lambda: RegMixUp(MixUp(1.), -1), ValueError, 'eta must be a number of at least 0'), (lambda: RegMixUp(ManifoldMixUp()), ValueError, 'mixes behind hidden layers'), (lambda: RegMixUp(RegMixUp(MixUp(1.))), ValueError, 'cannot be nested'),
     (lambda: fit_with(RegMixUp(MixUp(1.)), loss_func=nn.CrossEntropyLoss(reduction='none')), ValueError, 'RegMixUp adds two losses'),
     (lambda: SoftMix(RegMixUp(MixUp(1.)), c)(x, y), ValueError, 'RegMixUp adds two losses'), (lambda: MixCalls(RegMixUp(MixUp(1.)).draw(x), y), ValueError, 'RegMixUp adds two losses'),
     (lambda: MixLoss(nn.CrossEntropyLoss())(torch.randn(bs, c), y, plan=RegMixUp(MixUp(1.)).draw(x)), ValueError, '8 mixtures and 8 samples')])
