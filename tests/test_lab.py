@@ -140,9 +140,9 @@ def test_dots_stand_beside_their_names_from_the_top():
     assert [[list(np.atleast_1d(v)) for v in o.get_data()] for o in ax.lines]==[[[1,2,6],[0,0,0]], [[3],[0]], [[4],[1]], [[4],[1]]]
 
 over = dict(calibration=['eps','lr'], calibration_toys='lr', corrupt_labels=['alpha','p','lr'], adversarial='lr', generalisation=['alpha','p','eps','lr'], partners='lr',
-    regression=['alpha','bandwidth','epochs'])
+    regression=['alpha','bandwidth','epochs'], imbalance=['alpha','lr'], regmixup='lr')
 places = dict(calibration=['network'], calibration_toys=['toy_name'], corrupt_labels=['noise'], adversarial=['network'], generalisation=['network','n','epochs'],
-    partners=[], regression=['table'])
+    partners=[], regression=['table'], imbalance=[], regmixup=['network'])
 
 def runs_of(root, name): return read_runs(root/f'nbs/tutorials/runs/{name}.csv')
 
@@ -157,6 +157,9 @@ charted = [   # the name in the chart, where its runs are, how the arms were cho
     ('… each with its best learning rate', 'corrupt_labels', dict(noise=.5), 'error', 'error', 'ERM', 'mixup(1)', 'higher'),
     ('… fewer than with dropout', 'corrupt_labels', dict(noise=.5), 'error', 'error', 'dropout', 'mixup(1)', 'higher'),
     ('misled less by attacks: cnn', 'adversarial', dict(network='cnn'), 'error', 'ten steps', 'ERM', 'MixUp(.4)', 'higher'),
+    ('imbalanced classes: fewer errors with Remix', 'imbalance', {}, 'error', 'error', 'ERM', 'Remix', 'lower'),
+    ('better calibrated: RegMixup', 'regmixup', dict(network='mlp'), 'error', 'calibration error', 'ERM', 'RegMixUp(10)', 'lower'),
+    ('… better than mixup', 'regmixup', dict(network='cnn'), 'error', 'calibration error', 'MixUp(.4)', 'RegMixUp(10)', 'higher'),
     ('… better samples', 'gans', dict(target='grid'), None, 'late_good', 'ERM', 'α = 0.2', 'lower')]
 
 def from_csv(root, name, where, by, y, base, arm):

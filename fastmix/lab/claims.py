@@ -21,7 +21,7 @@ from .evidence import *
 # %% auto #0
 __all__ = ['colors', 'Finding', 'relative_change', 'finding', 'Claim', 'verdict', 'runs_of', 'best_of_each', 'memorised',
            'findings', 'calibration_claims', 'more_gain', 'generalisation_claims', 'corrupt_claims',
-           'adversarial_claims', 'partner_claims', 'regression_claims', 'gan_claims', 'runs_at_scale',
+           'adversarial_claims', 'partner_claims', 'regression_claims', 'gan_claims', 'variant_claims', 'runs_at_scale',
            'residual_claims', 'all_claims', 'claims_table', 'sign', 'plot_claims', 'show_linked', 'plot_reliability']
 
 # %% ../../nbs/35_claims.ipynb #56aed0de
@@ -227,6 +227,24 @@ def gan_claims(
     return [claim('The critic of a GAN is smoother (slope)', 'slope', 'lower', 'GANs: a smoother critic'), claim('A GAN draws better samples (good ones, %)', 'late_good', 'higher', '… better samples'),
         claim('… which cover more Gaussians with the formula as it stands (Gaussians; evenly spread points cover all)', 'late_modes', 'higher', arm='minimax, α = 0.2')]
 
+# %% ../../nbs/35_claims.ipynb #7e22a002
+def variant_claims(
+    folder:str, # With a CSV file for each experiment
+) -> list: # `Claim`s
+    "Claims about Remix and RegMixup"
+    rare = {'': best_runs(runs_of(folder, 'imbalance'), ['alpha','lr'])}
+    beside = best_of_each(folder, 'regmixup', 'network', _nets, 'lr')
+    def remix(text, *args, short='', y='error'): return Claim(text, '', 'imbalance', 'lower', [f._replace(text=f.text[2:]) for f in findings(rare, y, *args)], short)
+    def reg(text, y, *args, want='lower', short=''): return Claim(text, '', 'regmixup', want, findings(beside, y, *args), short)
+    return [remix('Where classes are imbalanced, the error is lower with mixup (%)', 'MixUp'), remix('… with Remix', 'Remix', short='imbalanced classes: fewer errors with Remix'),
+        remix('… with Remix lower than with mixup', 'Remix', 'MixUp', short='… than with mixup'),
+        remix('… with Remix lower than with class weights', 'Remix', 'class weights', short='… than with class weights'),
+        reg('RegMixup calibrates probabilities (calibration error, %)', 'calibration error', 'RegMixUp(10)', short='better calibrated: RegMixup'),
+        reg('… better than mixup', 'calibration error', 'RegMixUp(10)', 'MixUp(.4)', short='… better than mixup'),
+        reg('It has fewer errors than mixup (%)', 'error', 'RegMixUp(10)', 'MixUp(.4)'),
+        reg('It tells unknown images from known ones better than plain training (AUROC, %)', 'auroc', 'RegMixUp(10)', want='higher', short='RegMixup: unknown images detected'),
+        reg('… better than mixup', 'auroc', 'RegMixUp(10)', 'MixUp(.4)', want='higher')]
+
 # %% ../../nbs/35_claims.ipynb #205163fa
 def _setting(o, random):
     data = f'{o.n:,} images'+' of CIFAR-10'*(o.data=='cifar')+' as they are'*o.raw+' shifted, mirrored'*(random and not o.raw)
@@ -268,7 +286,7 @@ def all_claims(
     def with_nets(claims, page, at): return [*claims[:at], *[o for net in nets for o in net[page]], *claims[at:]]
     res = [*with_nets(calibration_claims(folder), 'calibration', 1), *with_nets(generalisation_claims(folder), 'generalisation', 2),
         *with_nets(corrupt_claims(folder), 'corrupt_labels', 5), *with_nets(adversarial_claims(folder), 'adversarial', 3),
-        *partner_claims(folder), *regression_claims(folder), *gan_claims(folder)]
+        *partner_claims(folder), *regression_claims(folder), *gan_claims(folder), *variant_claims(folder)]
     return [o for o in res if o.findings]
 
 # %% ../../nbs/35_claims.ipynb #9dac7322
