@@ -55,7 +55,7 @@ class FollowTargets(TorchFunctionMode):
         super().__init__()
         self.loss,self.trainable,self.terms,self.written = loss,[],{},{}   # what is trained on targets, (name, node of the graph); by id: what is linear in losses of samples, what targets were written into
         self.made = {id(y): (y,{i},i) for i,(y,m) in enumerate(zip(loss.yb, loss.mixed)) if m}   # by id: a tensor, the targets that it is made of, and how
-        self.blends = {id(y): y for y,m in zip(loss.yb, loss.mixed) if not m}   # by id: what is as much a blend as the blended targets are
+        self.blends = {id(y): y for y,m in zip(loss.yb, loss.mixed) if not m and loss.plan.is_blended(y)}   # by id: what is as much a blend as the blended targets are
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
         in_loss = self.loss.calls and sum(map(self.loss.is_for, self.loss.calls)) > len(self.loss.results)

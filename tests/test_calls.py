@@ -138,7 +138,12 @@ def test_partners_from_elsewhere():
     torch.testing.assert_close(called(F.cross_entropy, x, more, second), by_sample(F.cross_entropy, plan=second, y=more))
 
 def test_a_batch_that_is_not_mixed_needs_no_loss():
-    with MixCalls(unmixed_plan(bs), y) as own: assert own is y
+    with MixCalls(unmixed_plan(bs), y) as own: assert own is y and F.cross_entropy(x, own.clamp(max=1)).equal(F.cross_entropy(x, y.clamp(max=1)))
+
+def test_what_is_made_of_masks_that_are_cut():
+    plan = CutMix().draw(torch.rand(bs, 1, 4, 4), masks)
+    got = called(lambda p,y: F.cross_entropy(p, (y>1).long()), maps, masks, plan, strict=False)
+    torch.testing.assert_close(got, F.cross_entropy(maps, (plan.mix(masks)>1).long()))
 
 @pytest.mark.parametrize('f', [lambda p,y: -p.log_softmax(1)[range(bs),y].mean(), lambda p,y: F.cross_entropy(p[y>0], y[y>0])], ids=['own','indexed'])
 def test_a_loss_that_is_not_mixed(f):

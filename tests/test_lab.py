@@ -206,7 +206,7 @@ def test_the_chart_says_what_the_files_say(root, claims, line):
 def test_losses_are_on_the_first_page_as_wins_are(claims):
     "Each claim is there with all of its settings; about as many marks speak against mixup as for it"
     shown = [f for o in claims if o.short for f in o.findings]
-    assert {o.page for o in claims if o.short}=={'calibration','generalisation','corrupt_labels','adversarial','residual','regression','gans'}
+    assert {o.page for o in claims if o.short}=={'calibration','generalisation','corrupt_labels','adversarial','residual','regression','gans','imbalance','regmixup'}
     assert len(shown)>60 and sum(f.so!='no difference found' for f in shown)>30
 
 def test_the_table_of_claims_has_every_finding(claims):
