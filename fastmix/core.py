@@ -34,35 +34,23 @@ def private_rng() -> np.random.Generator: # Different in each process of a distr
     return np.random.default_rng([int.from_bytes(hashlib.blake2b(seed, digest_size=16).digest(), 'little'), _rank()])
 
 # %% ../nbs/00_core.ipynb #ff789110
-def check_alpha(
-    alpha:float, # Parameter of the Beta distribution
-) -> float: # `alpha`, as a float
+def check_alpha(alpha):
     "Return `alpha`, or raise a `ValueError` unless it is a finite number of at least 0"
     if isinstance(alpha, numbers.Real) and 0 <= alpha < math.inf: return float(alpha)
     raise ValueError(f'alpha must be a finite number of at least 0 (0 turns mixing off), but it is {alpha!r}')
 
 # %% ../nbs/00_core.ipynb #61a1b407
-def check_fraction(
-    name:str, # Name of the argument
-    value:float, # Fraction between 0 and 1
-) -> float: # `value`, as a float
+def check_fraction(name, value):
     "Return `value`, or raise a `ValueError` unless it is between 0 and 1"
     if isinstance(value, numbers.Real) and 0<=value<=1: return float(value)
     raise ValueError(f'{name} must be a fraction between 0 and 1, but it is {value!r}')
 
-def check_count(
-    name:str, # Name of the argument
-    value:int, # Its value
-    least:int=1, # Smallest valid value
-) -> int: # `value`, as an `int`
+def check_count(name, value, least=1):
     "Return `value`, or raise a `ValueError` unless it is an integer of at least `least`"
     if isinstance(value, numbers.Integral) and not isinstance(value, bool) and value>=least: return int(value)
     raise ValueError(f'{name} must be an integer of at least {least}, but it is {value!r}')
 
-def check_flag(
-    name:str, # Name of the argument
-    value:bool, # Its value
-) -> bool: # `value`, as a `bool`
+def check_flag(name, value):
     "Return `value`, or raise a `TypeError` unless it is True or False"
     if isinstance(value, (bool,np.bool_)): return bool(value)
     raise TypeError(f'{name} must be True or False, but it is {value!r}. Pass all arguments except the first by name')

@@ -162,18 +162,13 @@ def _check_followed(model):
             'train the uncompiled model, learn.model = learn.model._orig_mod, or compile only the layers behind its embeddings')
 
 # %% ../nbs/08_inputs.ipynb #bb643ae8
-def paddings(
-    model:nn.Module, # Any model, or None
-) -> list: # int
+def paddings(model):
     "The `padding_idx` of all embeddings in `model`; a `TypeError` where one is compiled, since integers cannot be followed there"
     _check_followed(model)
     return [] if model is None else sorted({getattr(o, 'padding_idx', None) for o in model.modules()} - {None})
 
 # %% ../nbs/08_inputs.ipynb #ab645561
-def is_padding(
-    x:Tensor, # Integers
-    pads:list, # Integers that stand for padding
-) -> Tensor: # Of the same shape, bool
+def is_padding(x, pads):
     "Where texts in `x` are padded, in front or behind; nowhere if `x` holds none: one integer each, padding in between, or only padding"
     nowhere = torch.zeros_like(x, dtype=torch.bool)
     if not pads or x.ndim<2 or x.shape[-1]<2: return nowhere
@@ -182,12 +177,7 @@ def is_padding(
     return found if found.equal(before | after) and not before.all(-1).any() else nowhere
 
 # %% ../nbs/08_inputs.ipynb #f4d41dce
-def mix_lookups(
-    plan:Plan, # How the batch is mixed
-    x:Tensor, # (n, ...) Integers
-    pads:list=(), # Integers that stand for padding
-    ys:tuple=(), # Targets, each (n, ...)
-) -> Lookups: # (bs, ...)
+def mix_lookups(plan, x, pads=(), ys=()):   # x (n, ...) -> (bs, ...)
     "The integers `x`, as mixtures by `plan`, padded where all of their parts are"
     parts = plan.gather(as_plain(x)).transpose(0, 1)   # (k, bs, ...)
     weights = plan.sample_weights.T

@@ -28,10 +28,7 @@ def _for_display(x):
     x = as_plain(x.detach()).float().nan_to_num().cpu()
     return x if x.shape[1] in (1,3) else x.mean(1, keepdim=True)
 
-def mix_grids(
-    x:Tensor, # (n, channels, height, width) Unmixed samples; if they have other than 1 or 3 channels, the mean is shown
-    mixed:Tensor, # (n, channels, height, width) Their mixtures
-) -> dict: # 'mixed', 'original', 'difference': (3, rows*height, columns*width), float32 from 0 to 1
+def mix_grids(x, mixed):   # x (n, channels, height, width), mixed (n, channels, height, width)
     "Grids of mixtures, of the samples themselves, and of the absolute difference"
     x,mixed = _for_display(x),_for_display(mixed)
     low = min(x.min(), mixed.min())
@@ -70,12 +67,7 @@ def _first_rows(record, max_n):
     return tuple(fill_nest(record.xb, [x[:max_n] for x in xs]) for xs in (before,after))
 
 # %% ../nbs/16_log.ipynb #a4ab7b6b
-def mix_report(
-    record:MixedBatch, # The batch, mixed
-    dls:DataLoaders=None, # Loaders that decode images and targets; without them, both are logged as they are
-    max_n:int=9, # Maximum number of samples to report
-    vocab:list=None, # Names of classes, for targets that are not decoded
-) -> MixReport: # Its captions, and grids where there are images
+def mix_report(record, dls=None, max_n=9, vocab=None):
     "What the model saw of a batch"
     nests,grids = _first_rows(record, max_n),[]
     if any(x.ndim==4 for x in record.xs):

@@ -114,10 +114,7 @@ def as_multi(
     return f if type(f) is MultiLoss and not (f._forward_hooks or f._forward_pre_hooks) else None
 
 # %% ../nbs/07_losses.ipynb #78318047
-def losses_of(
-    loss_func, # Loss, as a fastai `Learner` takes it
-    n:int, # Number of targets
-) -> list: # n losses
+def losses_of(loss_func, n):
     "The loss of each target: its own in a `MultiLoss`, else the one that takes them all"
     multi = as_multi(loss_func)
     if multi is None: return [loss_func]*n
@@ -125,11 +122,7 @@ def losses_of(
     raise ValueError(f'{loss_func} has {len(loss_func.losses)} losses, but there are {n} targets: pass MultiLoss one loss for each target')
 
 # %% ../nbs/07_losses.ipynb #d5025ce9
-def targets_of_parts(
-    plan:Plan, # How the batch was mixed
-    yb:tuple, # Targets
-    mixed:list, # For each of `yb`: are its losses mixed?
-) -> list: # k tuples of targets, each (bs, ...): those of the samples, then those of each partner
+def targets_of_parts(plan, yb, mixed):
     "The targets of a batch, once for each part of a mixture"
     return list(zip(*(plan.gather(y).unbind(1) if m else [y]*plan.pairs.shape[1] for y,m in zip(yb, mixed))))
 

@@ -41,9 +41,7 @@ def _occurs_once(m, child): return sum(o is child for o in m._modules.values())=
 def _activations(m): return [name for name,o in list(m.named_children())[:-1] if type(o).__module__=='torch.nn.modules.activation' and _occurs_once(m, o)]
 
 # %% ../nbs/11_manifold.ipynb #c9d11a8b
-def stages(
-    model:nn.Module, # fastai's for images, tables and texts, or a plain `nn.Sequential`
-) -> list: # Names of layers, as in `model.named_modules()`; empty if they are unknown
+def stages(model):
     "The layers of a model that run in sequence, except the last"
     at = _chain(model)
     if at is None: return []

@@ -53,10 +53,7 @@ def draw_boxes(
     return torch.from_numpy(np.floor(ends.clip(0, size) + nudge).astype(np.int64))
 
 # %% ../nbs/02_regions.ipynb #37063dfe
-def box_mask(
-    boxes:Tensor, # (n, 2, d), as from `draw_boxes`
-    size:tuple, # Shape of the image, d numbers
-) -> Tensor: # (n, *size), bool: is the pixel in the box?
+def box_mask(boxes, size):   # boxes (n, 2, d) -> (n, *size), bool
     "The pixels inside each box"
     mask = torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
     for d,n in enumerate(size):
@@ -65,11 +62,7 @@ def box_mask(
     return mask
 
 # %% ../nbs/02_regions.ipynb #5a8dc20d
-def paste_mask(
-    x:Tensor, # (bs, ..., *size) The samples
-    x1:Tensor, # (bs, ..., *size) Their partners, to paste
-    mask:Tensor, # (bs, *size), or (1, *size) for the whole batch, bool: where to paste
-) -> Tensor: # (bs, ..., *size), new memory, of `x`'s class and dtype
+def paste_mask(x, x1, mask):   # x (bs, ..., *size), x1 (bs, ..., *size), mask (bs, *size) or (1, *size) -> (bs, ..., *size)
     "`x1` inside the mask, and `x` elsewhere"
     return torch.where(mask.view(len(mask), *[1]*(x.ndim-mask.ndim), *mask.shape[1:]), x1, x)
 
@@ -189,11 +182,7 @@ def draw_inner_boxes(
     return torch.from_numpy(np.stack([first, first+sides], -2).astype(np.int64))
 
 # %% ../nbs/02_regions.ipynb #b57dfaa2
-def shrink_into(
-    x:Tensor, # (bs, ..., *size) The samples
-    boxes:Tensor, # (bs, 2, d), or (1, 2, d) for the whole batch
-    size:tuple, # Shape of the image, d numbers
-) -> Tensor: # (bs, ..., *size): the shrunk samples in the boxes, their border values elsewhere
+def shrink_into(x, boxes, size):   # x (bs, ..., *size), boxes (bs, 2, d) or (1, 2, d) -> (bs, ..., *size)
     "Shrink each sample into its box"
     like = x
     for i,n in enumerate(size, -len(size)):
