@@ -109,3 +109,50 @@ def test_pickled_and_printed():
     (lambda: SoftMix(MixUp(.4), 10, x=0, y=[1,2]), (x,y,y+1), 'one target')])
 def test_errors(make, call, match):
     with pytest.raises((ValueError,TypeError), match=match): make()(*call)
+
+class Spied(nn.Module):
+    "A linear model of images that show their classes, which keeps its inputs"
+    def __init__(self):
+        super().__init__()
+        self.seen,self.lin = [],nn.Linear(10, 10)
+    def forward(self, x):
+        self.seen.append(x)
+        return self.lin(x.mean((2,3)))
+
+class SpiedLoss(nn.CrossEntropyLoss):
+    "Cross-entropy, which keeps its targets and its values"
+    seen = []
+    def forward(self, pred, target):
+        loss = super().forward(pred, target)
+        self.seen.append((pred.detach(),target,loss.item()))
+        return loss
+
+def check_seen(xs, calls):
+    "Training targets are the probabilities that the inputs show, and the loss is theirs by the formula; validation targets are classes. How many of each?"
+    mixed = [o for o in zip(xs, calls) if o[1][1].is_floating_point()]
+    for x,(pred,target,loss) in mixed:
+        torch.testing.assert_close(target, x.mean((2,3)))
+        assert loss==pytest.approx(-(x.mean((2,3))*pred.log_softmax(1)).sum(1).mean().item(), abs=1e-5)
+    assert any(target.max(1).values.min()<.99 for _,(_,target,_) in mixed)
+    assert all(x.equal(shown(target)) for x,(_,target,_) in zip(xs, calls) if not target.is_floating_point())
+    return len(mixed),len(calls)-len(mixed)
+
+def test_skorch(monkeypatch):
+    from skorch import NeuralNetClassifier
+    monkeypatch.setattr(SpiedLoss, 'seen', [])
+    torch.manual_seed(0)
+    classes = torch.arange(50)%10
+    net = NeuralNetClassifier(Spied, criterion=SpiedLoss, max_epochs=2, batch_size=8, iterator_train__collate_fn=SoftMix(MixUp(1.), 10), verbose=0)
+    net.fit(shown(classes).numpy(), classes.numpy())
+    assert check_seen(net.module_.seen, SpiedLoss.seen)==(10,4)   # two epochs of 40 images and 10
+    assert net.predict(shown(classes).numpy()).shape==(50,)
+
+def test_ignite(monkeypatch):
+    from ignite.engine import create_supervised_trainer
+    monkeypatch.setattr(SpiedLoss, 'seen', [])
+    torch.manual_seed(0)
+    model,classes = Spied(),torch.arange(48)%10
+    ds = [*zip(shown(classes), classes.tolist())]
+    trainer = create_supervised_trainer(model, torch.optim.SGD(model.parameters(), .1), SpiedLoss())
+    trainer.run(DataLoader(ds, 8, collate_fn=SoftMix(MixUp(1.), 10)), max_epochs=2)
+    assert check_seen(model.seen, SpiedLoss.seen)==(12,0)
