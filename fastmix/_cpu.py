@@ -13,7 +13,7 @@ from collections import deque
 import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor
 
-from .core import as_plain
+from .core import *
 
 # %% auto #0
 __all__ = ['fast_blend', 'new_memory', 'fast_paste']
@@ -23,7 +23,7 @@ _spare = deque(maxlen=2)
 
 def _reuse_memory(x, n):
     "Memory for `n` rows like those of `x`, reused from an earlier tensor that nothing refers to any more, if there is one"
-    nbytes = x.nbytes//len(x)*n
+    nbytes = x.nbytes//x.shape[0]*n
     try: block = _spare.pop()
     except IndexError: block = np.empty(0, np.uint8)
     if block.nbytes<nbytes: block = np.empty(nbytes, np.uint8)
@@ -38,7 +38,7 @@ def _rows(x):
         order = sorted(range(x.ndim), key=x.stride, reverse=True)
         x = x.permute(order)
         if order[0]!=0 or not x.is_contiguous(): return None
-    return x.view(len(x), -1)
+    return x.view(x.shape[0], -1)
 
 def _memory_rows(x, needs_grad):
     "`x` as rows of memory; None if it is not on the CPU, needs a gradient or is being compiled"
@@ -47,14 +47,14 @@ def _memory_rows(x, needs_grad):
 
 def _shaped(rows, x):
     "`rows`, in the shape, memory format and class of `x`"
-    res = rows.as_strided((len(rows),*x.shape[1:]), x.stride())
+    res = rows.as_strided((rows.shape[0],*x.shape[1:]), x.stride())
     if type(x) is Tensor: return res
     res = res.as_subclass(type(x))
     res.__dict__.update(x.__dict__)
     return res
 
 # %% ../nbs/01a_cpu.ipynb #829a2bfa
-def _blend_wide(x, pairs, weights):
+def _blend_wide(x, pairs, weights, in_order):
     res = _reuse_memory(x, len(pairs))
     for out,js,ws in zip(res.unbind(), pairs.tolist(), weights.expand(pairs.shape).tolist()):
         if len(js)==2: torch.lerp(x[js[1]], x[js[0]], ws[0], out=out)
@@ -63,20 +63,21 @@ def _blend_wide(x, pairs, weights):
             for j,w in zip(js[1:], ws[1:]): out.add_(x[j], alpha=w)
     return res
 
-def _blend_narrow(x, pairs, weights):
+def _blend_narrow(x, pairs, weights, in_order):
+    if x.dtype is torch.float32 and pairs.shape[1]==2: return x.index_select(0, pairs[:,1]).lerp_(without_partners(x, pairs, in_order), weights[:,:1])
     w = weights.expand(pairs.shape)
     if x.element_size()<4: pairs,w = pairs.repeat(1, 2),torch.cat([w, w-w.to(x.dtype)], 1)
     return F.embedding_bag(pairs, x, per_sample_weights=w.to(x.dtype), mode='sum')
 
 # %% ../nbs/01a_cpu.ipynb #27c14d9c
-def fast_blend(x, pairs, weights):
+def fast_blend(x, pairs, weights, in_order=False):
     "As `blend_rows`, without gathering the partners first; None where it does not apply"
     if x.dtype not in (torch.float32,torch.bfloat16,torch.float16): return None
     rows = _memory_rows(x, x.requires_grad or weights.requires_grad)
     if rows is None: return None
-    is_wide = x.nbytes>=2**17*len(x) and (pairs.shape[1]==2 or x.dtype==torch.float32)   # half precision would be rounded at each addition
+    is_wide = x.nbytes>=2**17*x.shape[0] and (pairs.shape[1]==2 or x.dtype==torch.float32)   # half precision would be rounded at each addition
     f = _blend_wide if is_wide else _blend_narrow
-    return _shaped(f(rows, pairs, weights), x)
+    return _shaped(f(rows, pairs, weights, in_order), x)
 
 # %% ../nbs/01a_cpu.ipynb #969d3386
 def new_memory(x, bs):
@@ -87,13 +88,13 @@ def new_memory(x, bs):
 # %% ../nbs/01a_cpu.ipynb #8d534643
 _bits = {1:torch.uint8, 2:torch.int16, 4:torch.int32, 8:torch.int64}
 
-def fast_paste(x, pairs, places):
+def fast_paste(x, pairs, places, in_order=False):
     "As a region's method `paste`, where each of `places` is slices, or a mask as an array of bool; None where it does not apply"
     res = new_memory(x, len(pairs)) if x.element_size() in _bits else None
     if res is None: return None
     src,out = (as_plain(o.detach()).resolve_conj().resolve_neg().view(_bits[x.element_size()]).numpy() for o in (x,res))
-    for o,(i,j),place in zip(out, pairs.tolist(), places):
-        o[...] = src[i]
+    out[...] = src[:len(out)] if in_order else src[pairs[:,0].numpy()]
+    for o,j,place in zip(out, pairs[:,1].tolist(), places):
         if isinstance(place, tuple): o[place] = src[j][place]
         else: np.copyto(o, src[j], where=place)
     return res

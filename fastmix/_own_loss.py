@@ -7,7 +7,7 @@ Docs: https://fastmix.github.io/fastmix/own_loss.html.md"""
 # %% ../nbs/06a_own_loss.ipynb #cdead7d2
 from __future__ import annotations
 
-import inspect, os, random, sys
+import inspect, os, random, sys, weakref
 from collections import deque
 from copy import copy
 from functools import partial
@@ -25,7 +25,7 @@ from ._loss_config import *
 from .core import *
 
 # %% auto #0
-__all__ = ['LossState', 'LossCalls', 'check_depends', 'per_sample', 'call_for_each', 'mix_values', 'check_mixable']
+__all__ = ['LossState', 'LossCalls', 'check_depends', 'per_sample', 'call_for_each', 'mix_values', 'check_mixable', 'mix_own']
 
 # %% ../nbs/06a_own_loss.ipynb #161b78e0
 _internals = {*vars(nn.Module())} - {'training'}
@@ -130,6 +130,7 @@ def has_drawn(self:LossState):
     return not same or self.cuda is not None and not torch.cuda.get_rng_state().equal(self.cuda)
 
 # %% ../nbs/06a_own_loss.ipynb #fbe62281
+def _versions(args): return [o._version for o in tensors_in(args) if isinstance(o, Tensor) and not o.is_inference()]
 def _clone(o):
     res = o.clone()
     vars(res).update(vars(o))   # what a model has attached
@@ -141,23 +142,27 @@ class LossCalls:
         loss_func, # Loss, as a fastai `Learner` takes it
         pred, # Predictions
         y_int:bool=None, # True: the loss looks at its targets, even where it seems not to
+        copies:bool=True, # Does a loss of your own get copies of its arguments, to write into?
     ):
-        self.loss_func,self.pred,self.y_int,self.is_own = loss_func,pred,y_int,not is_standard(loss_func)
-        self.remember()
+        self.loss_func,self.pred,self.y_int,self.is_own,self.copies,self.writes = loss_func,pred,y_int,not is_standard(loss_func),copies,False
 
-    def remember(self):
-        "Save the present state, from which each later call starts"
+    def __enter__(self):
+        "Save the present state, from which each call starts"
         self.state = LossState(self.loss_func) if self.is_own else None
+        return self
 
-    def __enter__(self): return self
     def __exit__(self, error, *_):   # the loss has moved on by one call; after an error, or Ctrl-C, it is as it was
         if self.state: self.state.reset() if error else self.state.keep()
 
     def __call__(self, f, yb):
-        "Call `f`, the loss or its unreduced form, with the targets `yb`; a loss of your own gets copies to write into"
+        "Call `f`, the loss or its unreduced form, with the targets `yb`"
         if not self.is_own: return f(self.pred, *yb)
         self.state.restore()
-        res = f(*map_tensors(_clone, (self.pred,*yb)))
+        args = map_tensors(_clone, (self.pred,*yb)) if self.copies else (self.pred,*yb)
+        before = _versions(args)
+        res = f(*args)
+        self.writes = self.writes or _versions(args)!=before
+        if self.writes and not self.copies: raise ValueError(f'{self.loss_func} writes into its predictions or targets, as it did not in earlier batches: clone them first')
         if isinstance(res, Tensor): return res
         raise TypeError(f'{self.loss_func} must return a tensor to be mixed, but returned a {type(res).__name__}')
 
@@ -191,8 +196,9 @@ def per_sample(
     u:Tensor, # (bs, ...), or (bs*k, ...) flattened sample after sample
 ) -> Tensor: # Broadcasts with `u`
     "`lam`, repeated for all elements of each sample in `u`"
-    if len(lam) not in (1,len(u)): lam = lam.repeat_interleave(len(u)//len(lam), 0)
-    return lam.view(*lam.shape, *[1]*(u.ndim-lam.ndim))
+    n,m,more = lam.shape[0],u.shape[0],u.ndim-lam.ndim
+    if n not in (1,m): lam = lam.repeat_interleave(m//n, 0)
+    return lam.view(*lam.shape, *[1]*more) if more else lam
 
 # %% ../nbs/06a_own_loss.ipynb #e519757a
 def _weighted_sum(us, weights):
@@ -210,11 +216,13 @@ def _reduce(loss_func, us, weights):
     return u if reduction=='none' else getattr(u, reduction)()
 
 # %% ../nbs/06a_own_loss.ipynb #fc151d3c
-def call_for_each(calls, f, ybs):
+def call_for_each(calls, f, ybs, test=True):
     "The loss on each target of a mixture; a `ValueError` where it is not a function of predictions and targets"
     if not calls.is_own: return [calls(f, yb) for yb in ybs]
     with calls:
-        first,*others = [calls(f, yb) for yb in ybs]
+        *others,last = [calls(f, yb) for yb in (*ybs[1:],ybs[0])]
+        if not test and not all(map(last.equal, others)): return [last,*others]
+        first = last
         check_depends(calls, f, [first,*others], ybs)
         last = calls(f, ybs[0])
         if first.shape!=last.shape or not torch.allclose(first, last, rtol=1e-4, equal_nan=True): raise ValueError(
@@ -223,20 +231,19 @@ def call_for_each(calls, f, ybs):
             'and draw from the global random generators, or pass y_int=False to the mixer, which then calls it once')
     return [last,*others]
 
-def mix_values(calls, weights, ybs):
+def mix_values(calls, weights, ybs, test=True, agrees=None):
     "The weighted mean of the losses on each target; a `ValueError` where each sample has its own λ and the loss cannot be left unreduced"
     loss_func = calls.loss_func
-    if len(weights)==1: return _weighted_sum(call_for_each(calls, loss_func, ybs), weights[0])
+    if len(weights)==1: return _weighted_sum(call_for_each(calls, loss_func, ybs, test), weights[0])
     if not is_separable(loss_func): raise ValueError(f'{loss_func} has no `reduction` to leave out, so it cannot be mixed sample by sample: {_one_lam}')
-    with NoneReduce(loss_func) as f:
-        calls.remember()
-        us = call_for_each(calls, f, ybs)
+    with NoneReduce(loss_func) as f: us = call_for_each(calls, f, ybs, test)
+    if agrees and not agrees(us): check_mixable(calls, weights, ybs)
     return _reduce(loss_func, us, weights)
 
 # %% ../nbs/06a_own_loss.ipynb #4af6f6f1
-def _try(loss_func, f, pred, ybs):
+def _try(loss_func, f, pred, ybs, copies=True):
     "What `f` returns for each of `ybs`, and whether it draws random numbers; the loss is left as it was"
-    calls = LossCalls(loss_func, pred)
+    calls = LossCalls(loss_func, pred, copies=copies).__enter__()
     try: return [calls(f, yb).detach() for yb in ybs],calls.state.has_drawn
     finally: calls.state.reset()
 
@@ -263,8 +270,8 @@ def _is_half(o): return o.is_floating_point() and o.element_size()<4
 def check_mixable(calls, weights, ybs):
     "A `ValueError` if a loss of your own depends on the order of samples, or, where each has its own λ, cannot be mixed sample by sample"
     if not calls.is_own: return
-    (bs,k),device,pred = weights.shape,weights.device,calls.pred
-    half = any(map(_is_half, [*(v for v,_ in calls.state.fixed),*calls.state.tensors.values()]))
+    (bs,k),device,pred,state = weights.shape,weights.device,calls.pred,LossState(calls.loss_func)
+    half = any(map(_is_half, [*(v for v,_ in state.fixed),*state.tensors.values()]))
     if not half: pred = map_tensors(lambda o: o.float() if _is_half(o) else o, pred)   # to detect small differences
     with torch.autocast(device.type, enabled=half and torch.is_autocast_enabled(device.type)):
         _compare_calls(calls.loss_func, pred, torch.arange(bs, device=device), k, ybs)
@@ -278,8 +285,45 @@ def _compare_calls(loss_func, pred, rows, k, ybs):
     with NoneReduce(loss_func) as f: us,_ = _try(loss_func, f, pred, ybs)
     eye = torch.eye(k, device=rows.device)
     for want,weight in zip(wants, [*eye[:,None].expand(-1, len(rows), -1),eye[rows%k]]):
-        got,size = _reduce(loss_func, us, weight),_reduce(loss_func, [u.abs() for u in us], weight)
-        tol = max(1e-5, 4*torch.finfo(want.dtype).eps)
-        if not torch.allclose(got, want.to(got.dtype), rtol=tol, atol=tol*size.max().item(), equal_nan=True): raise ValueError(
+        got = _reduce(loss_func, us, weight)
+        if not _agree(loss_func, us, weight, got, want): raise ValueError(
             f'{loss_func} returns {want.mean().item():.6g}, but its unreduced values, reduced by its `reduction`, '
             f'give {got.mean().item():.6g}, so it cannot be mixed sample by sample: {_one_lam}')
+
+def _agree(loss_func, us, weight, got, want):
+    size,tol = _reduce(loss_func, [u.abs() for u in us], weight),max(1e-5, 4*torch.finfo(want.dtype).eps)
+    return torch.allclose(got, want.to(got.dtype), rtol=tol, atol=tol*size.max().item(), equal_nan=True)
+
+# %% ../nbs/06a_own_loss.ipynb #b5a21183
+def _part_agrees(calls, ybs, n):
+    "A function that compares the unreduced values of a few samples, which differ with `n`, with their loss"
+    loss_func,bs,k = calls.loss_func,len(ybs[0][0]),len(ybs)
+    at = torch.arange((bs+7)//8, device=ybs[0][0].device)
+    rows,part = (at + n*len(at))%bs,(at+n)%k
+    def take(o): return o[rows] if o.ndim and len(o)==bs else o
+    def agrees(us):
+        us,weight = [u.detach().view(bs, len(u)//bs, *u.shape[1:])[rows].flatten(0, 1) for u in us],torch.eye(k, device=at.device)[part]
+        return _agree(loss_func, us, weight, _reduce(loss_func, us, weight), want)
+    try: want = _try(loss_func, loss_func, map_tensors(take, calls.pred), [tuple(torch.stack([y[rows] for y in ys])[part,at] for ys in zip(*ybs))], calls.copies)[0][0]
+    except Exception: return lambda us: False   # it takes whole batches only
+    return agrees
+
+# %% ../nbs/06a_own_loss.ipynb #e7effa8c
+_known = weakref.WeakKeyDictionary()
+
+def _known_of(calls, weights, ybs):
+    kind = len(weights)==1,len(ybs),loss_option(calls.loss_func, 'reduction'),*((o.dtype,o.ndim) for o in tensors_in((calls.pred,ybs[0])) if isinstance(o, Tensor))
+    new = SimpleNamespace(n=0, writes=False)
+    try: return _known.setdefault(calls.loss_func, {}).setdefault(kind, new)
+    except TypeError: return new   # a loss without weak references, or an option that is no key
+
+def mix_own(calls, weights, ybs, check=True):
+    "The mixed value of a loss of your own; a `ValueError` where it cannot be mixed"
+    known = _known_of(calls, weights, ybs)
+    test = known.n%32==0
+    if test and check: check_mixable(calls, weights, ybs)
+    calls.copies = test or known.writes
+    agrees = _part_agrees(calls, ybs, known.n) if check and not test and len(weights)>1 and is_separable(calls.loss_func) else None
+    res = mix_values(calls, weights, ybs, test, agrees)
+    known.n,known.writes = known.n+1,known.writes or calls.writes
+    return res

@@ -104,7 +104,8 @@ def without_partners(
 ) -> Tensor: # (bs, ...): `x` itself or a view of it, where possible
     "The samples without their partners, in the order of `pairs`"
     if not in_order: return x[pairs[:,0]]
-    return x if len(x)==len(pairs) else x[:len(pairs)]
+    n = pairs.shape[0]
+    return x if x.shape[0]==n else x[:n]
 
 # %% ../nbs/00_core.ipynb #2cf1d057
 def as_plain(

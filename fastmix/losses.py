@@ -27,9 +27,11 @@ __all__ = ['mix_class_loss', 'MultiLoss', 'as_multi', 'losses_of', 'targets_of_p
            'ClassBCELoss', 'mix_targets', 'MixLoss']
 
 # %% ../nbs/07_losses.ipynb #a309bc31
+def _at(axis, y): return y if axis==1 else y.movedim(1, axis)
+
 def _fit_classes(y, shape, axis, flattens):
     "Rearrange `y` (bs, k, ...) to k classes in `axis`, for each place of the predictions' `shape`"
-    if (len(y),*y.shape[2:])==shape[:axis]+shape[axis+1:]: return y.movedim(1, axis)
+    if (y.shape[0],*y.shape[2:])==shape[:axis]+shape[axis+1:]: return _at(axis, y)
     if not flattens: raise ValueError(f'Targets of shape {tuple(y[:,0].shape)} do not fit predictions of shape {tuple(shape)} '
         f'with the classes in dimension {axis}: pass classes of shape {tuple(shape[:axis]+shape[axis+1:])}')
     flat = [*shape]
@@ -48,16 +50,17 @@ def mix_class_loss(
     if pred.element_size()<4 and torch.is_autocast_enabled(pred.device.type): pred = pred.float()   # as PyTorch's own
     logp = pred if isinstance(c.func, nn.NLLLoss) or c.func is F.nll_loss else F.log_softmax(pred, axis)
     y = _fit_classes(plan.gather(as_plain(y).long()), pred.shape, axis, c.axis is not None)
-    keep = y != c.ignore_index
-    y,lam = y*keep,per_sample(plan.weights, y).movedim(1, axis)*keep
+    ignored = y==c.ignore_index
+    y,lam = y.masked_fill(ignored, 0),_at(axis, per_sample(plan.weights, y)).masked_fill(ignored, 0)
     if c.weight is not None and (len(c.weight)!=pred.shape[axis] or not c.weight.is_floating_point()): raise ValueError(
         f'weight must hold a float for each of the {pred.shape[axis]} classes that the model predicts, but it has shape {tuple(c.weight.shape)}, {c.weight.dtype}')
     w = lam if c.weight is None else lam*c.weight[y]
     n = w.sum() if c.reduction=='mean' else 1
-    u = (torch.where(keep, logp.gather(axis, y), 0) * (w/-n)).sum(axis, keepdim=True)   # 0 rather than 0 times -inf
+    u = logp.gather(axis, y).masked_fill(ignored, 0) * (w/-n)   # 0 rather than 0 times -inf
+    u = u.sum(axis, keepdim=True) if c.reduction=='none' else u.sum()
     eps = getattr(c.func, 'eps', c.label_smoothing)
-    if eps: u = (1-eps)*u - eps*_smoothing(c, logp, axis, keep, lam/n)
-    if c.reduction!='none': return u.sum()
+    if eps: u = (1-eps)*u - eps*_smoothing(c, logp, axis, ~ignored, lam/n)
+    if c.reduction!='none': return u
     return u.squeeze(axis) if c.axis is None else u.transpose(axis, -1).flatten()
 
 def _smoothing(c, logp, axis, keep, lam):
@@ -65,8 +68,9 @@ def _smoothing(c, logp, axis, keep, lam):
     fastais = isinstance(c.func, LabelSmoothingCrossEntropy)
     if c.weight is not None and not fastais: logp = logp*unsqueeze_as(c.weight, logp.transpose(axis, 0)).transpose(axis, 0)
     u = logp.mean(axis, keepdim=True)
-    if fastais: return u/u.numel() if c.reduction=='mean' else u
-    return torch.where(keep.any(axis, keepdim=True), u, 0) * lam.sum(axis, keepdim=True)
+    if not fastais: u = torch.where(keep.any(axis, keepdim=True), u, 0) * lam.sum(axis, keepdim=True)
+    if c.reduction=='none': return u
+    return u.mean() if fastais and c.reduction=='mean' else u.sum()
 
 # %% ../nbs/07_losses.ipynb #94c24cbb
 def _modules_in(*losses): return nn.ModuleList(o for f in losses for o in loss_layers(f) if isinstance(o, nn.Module))
@@ -134,13 +138,10 @@ def _mix_losses(loss_func, plan, pred, yb, mixed=None, check=True, y_int=None):
     if multi: return _mix_each(multi, plan, pred, yb, mixed, check, y_int)
     c = class_loss(loss_func) if len(yb)==1 and not yb[0].is_floating_point() else None
     if c: return mix_class_loss(c, plan, pred, yb[0])
-    return (_mix_calls if is_standard(loss_func) else _mix_own)(LossCalls(loss_func, pred, y_int), plan.weights, targets_of_parts(plan, yb, mixed), check)
+    calls,ybs = LossCalls(loss_func, pred, y_int),targets_of_parts(plan, yb, mixed)
+    return _mix_own(calls, plan.weights, ybs, check) if calls.is_own else mix_values(calls, plan.weights, ybs)
 
-def _mix_calls(calls, weights, ybs, check):
-    if check: check_mixable(calls, weights, ybs)
-    return mix_values(calls, weights, ybs)
-
-_mix_own = torch.compiler.disable(_mix_calls)
+_mix_own = torch.compiler.disable(mix_own)
 
 def _mix_each(multi, plan, pred, yb, mixed, check, y_int):
     def value(f, p, y, m): return _mix_losses(f, plan, p, (y,), check=check, y_int=y_int) if m else f(p, y)

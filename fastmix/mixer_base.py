@@ -86,7 +86,7 @@ class Draw:
     ):
         self.xb,self.yb,self.bs,self.pct,self.rng,self.partners,self.per_batch = xb,yb,bs,pct,rng,partners,per_batch
         self.x = max(xb, key=Tensor.dim)   # the input whose regions are cut
-        self.n,self.m = len(self.x),1      # how many samples there are, and in how many batches
+        self.n,self.m = self.x.shape[0],1      # how many samples there are, and in how many batches
 
     def times(self,
         m:int, # Number of batches
@@ -212,7 +212,7 @@ def draw(self:Mixer,
     f = self.partners
     if f and not callable(f) and bs is None: raise ValueError(f'Partners of {f!r} must be appended to the batch: '
         'call xb,yb = mixer.partners.append_partners(xb, yb) first, and then mixer.draw(xb, yb, bs=...)')
-    d = Draw(xb, yb, len(xb[0]) if bs is None else bs, pct, self.rng, f if callable(f) else None, per_batch)
+    d = Draw(xb, yb, xb[0].shape[0] if bs is None else bs, pct, self.rng, f if callable(f) else None, per_batch)
     plan = self.next_plan(d)
     return plan if self.target_weights is None or plan.k==1 else _weigh_targets(plan, self.target_weights, xb, yb)
 

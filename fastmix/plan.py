@@ -33,7 +33,7 @@ class Plan:
         in_order:bool=True, # Does the first column of `pairs` hold 0 to bs-1, in order?
     ):
         self.pairs,self.weights,self.region,self.in_order = pairs,weights,region,in_order
-        self.n,self.k = len(pairs) if n is None else n,pairs.shape[1]   # samples to mix from; samples in each mixture, at most
+        self.n,self.k = pairs.shape[0] if n is None else n,pairs.shape[1]   # samples to mix from; samples in each mixture, at most
 
     @classmethod
     def of(cls,
@@ -85,7 +85,7 @@ def unmixed(self:Plan,
     x:Tensor, # (n, ...)
 ) -> Tensor: # (bs, ...): `x` itself, where possible
     "The samples themselves, without their partners, in the order of the mixtures"
-    if len(x)!=self.n: raise _wrong_length(self, x)
+    if x.shape[0]!=self.n: raise _wrong_length(self, x)
     return without_partners(x, self.pairs, self.in_order)
 
 # %% ../nbs/03_plan.ipynb #7becde36
@@ -103,7 +103,7 @@ def mix(self:Plan,
 ) -> Tensor: # (bs, ...)
     "The mixture of each sample of `x` with its partners"
     if self.k==1: return self.unmixed(x)
-    if len(x)!=self.n: raise _wrong_length(self, x)
+    if x.shape[0]!=self.n: raise _wrong_length(self, x)
     if self.is_blended(x): return blend_rows(x, self.pairs, self.weights, self.in_order)
     return self.region.paste(x, self.pairs, self.in_order)
 
@@ -113,7 +113,7 @@ def gather(self:Plan,
     y:Tensor, # (n, ...) A target that `is_blended`
 ) -> Tensor: # (bs, k, ...)
     "The targets of each sample and of its partners, in the order of `weights`"
-    if len(y)!=self.n: raise _wrong_length(self, y)
+    if y.shape[0]!=self.n: raise _wrong_length(self, y)
     return y[self.pairs]
 
 # %% ../nbs/03_plan.ipynb #bab317eb

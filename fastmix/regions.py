@@ -103,7 +103,7 @@ class Region:
         in_order:bool=True, # Does the first column of `pairs` hold 0 to bs-1, in order?
     ) -> Tensor: # (bs, ..., *size), new memory, of `x`'s class, dtype and memory format
         "Each sample, with the region of its partner pasted into it"
-        res = fast_paste(x, pairs, self.places(len(pairs))) if x.is_cpu else None
+        res = fast_paste(x, pairs, self.places(len(pairs)), in_order) if x.is_cpu else None
         if res is not None: return res
         return paste_mask(without_partners(x, pairs, in_order), x[pairs[:,1]], self.mask)
 

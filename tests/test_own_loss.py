@@ -640,3 +640,71 @@ def test_a_compiled_step():
 
 def test_a_plan_by_position():
     with pytest.raises(TypeError, match='plan=plan'): MixLoss(nn.CrossEntropyLoss())(pred, y, swap)
+
+# Between the batches that are tested in full
+many = torch.arange(16)%4
+def plan_of(bs): return Plan.of(torch.arange(bs).roll(1), torch.linspace(.5, 1., bs))
+
+class Ignores(nn.Module):
+    "The mean over the labels that are not ignored, which its unreduced values do not tell"
+    reduction = 'mean'
+    def forward(self, p, y): return F.cross_entropy(p, y, ignore_index=7, reduction=self.reduction)
+
+def test_a_label_that_is_ignored_in_later_batches_only():
+    loss,p,ignored = MixLoss(Ignores()),torch.randn(16, 8),many.clone()
+    ignored[5] = 7
+    loss(p, many, plan=plan_of(16))
+    with pytest.raises(ValueError, match='cannot be mixed sample by sample'):
+        for _ in range(8): loss(p, ignored, plan=plan_of(16))
+
+class Changes(nn.Module):
+    "From its third batch on, it does something else"
+    reduction,n = 'mean',0
+    def __init__(self, later):
+        super().__init__()
+        self.later = later
+    def forward(self, p, y):
+        self.n += 1
+        return (self.later if self.n>2 else F.cross_entropy)(p, y, reduction=self.reduction)
+
+class Scaled(nn.Module):
+    reduction,n = 'mean',0
+    def forward(self, p, y):
+        self.n += 1
+        return F.cross_entropy(p, y, reduction=self.reduction)/self.n
+
+class DropsOut(nn.Module):
+    reduction = 'mean'
+    def forward(self, p, y): return F.cross_entropy(F.dropout(p), y, reduction=self.reduction)
+
+def writes(p, y, reduction='mean'): return F.cross_entropy(p.mul_(2), y, reduction=reduction)
+def of_the_batch(p, y, reduction='mean'):
+    u = F.cross_entropy(p, y, reduction='none')
+    return u.square().mean().sqrt() if reduction=='mean' else u
+
+@pytest.mark.parametrize('later,message', [(writes,'as it did not in earlier batches'),(of_the_batch,'cannot be mixed sample by sample')])
+def test_a_loss_that_changes(later, message):
+    loss,p = MixLoss(Changes(later)),torch.randn(16, 8)
+    for _ in range(2): torch.testing.assert_close(loss(p, many, plan=plan_of(16)), mixed_many(p))
+    with pytest.raises(ValueError, match=message): loss(p, many, plan=plan_of(16))
+
+def mixed_many(p, u=ce):
+    plan = plan_of(16)
+    return (plan.lam*u(p.clone(), many) + (1-plan.lam)*u(p.clone(), many[plan.idx])).mean()
+
+@pytest.mark.parametrize('f,u', [(Margin(), lambda p,y: margin(p, y, 'none')), (nn.CrossEntropyLoss(), ce), (DropsOut(), None)], ids=['writes','standard','draws'])
+def test_many_batches(f, u):
+    loss,p,counts = MixLoss(f),torch.randn(16, 8),Scaled()
+    for i in range(40):
+        torch.manual_seed(i)
+        got = loss(p, many, plan=plan_of(16))
+        torch.manual_seed(i)
+        torch.testing.assert_close(got, mixed_many(p, u) if u else mixed_dropout(p))
+        torch.testing.assert_close(MixLoss(counts)(p, many, plan=plan_of(16)), mixed_many(p)/(i+1))
+    assert counts.n==40
+
+def mixed_dropout(p):
+    def u(p, y):
+        torch.manual_seed(torch.initial_seed())
+        return ce(F.dropout(p), y)
+    return mixed_many(p, u)
