@@ -16,19 +16,23 @@ from torch import Tensor
 from .core import *
 
 # %% auto #0
-__all__ = ['fast_blend', 'new_memory', 'fast_paste']
+__all__ = ['release_memory', 'fast_blend', 'new_memory', 'fast_paste']
 
 # %% ../nbs/01a_cpu.ipynb #dfba70c2
-_spare = deque(maxlen=2)
+_spare = [deque(maxlen=2)]   # the blocks of the present training
+
+def release_memory():
+    "Keep no memory for later mixtures"
+    _spare[0] = deque(maxlen=2)
 
 def _reuse_memory(x, n):
     "Memory for `n` rows like those of `x`, reused from an earlier tensor that nothing refers to any more, if there is one"
     nbytes = x.nbytes//x.shape[0]*n
-    try: block = _spare.pop()
+    try: block = _spare[0].pop()
     except IndexError: block = np.empty(0, np.uint8)
     if block.nbytes<nbytes: block = np.empty(nbytes, np.uint8)
     lent = block[:nbytes]
-    weakref.finalize(lent, _spare.append, block).atexit = False   # at exit, a tensor may still use it
+    weakref.finalize(lent, _spare[0].append, block).atexit = False   # at exit, a tensor may still use it
     return torch.from_numpy(lent).view(x.dtype).view(n, *x.shape[1:])
 
 # %% ../nbs/01a_cpu.ipynb #9531ad2a
@@ -64,7 +68,7 @@ def _blend_wide(x, pairs, weights, in_order):
     return res
 
 def _blend_narrow(x, pairs, weights, in_order):
-    if x.dtype is torch.float32 and pairs.shape[1]==2: return x.index_select(0, pairs[:,1]).lerp_(without_partners(x, pairs, in_order), weights[:,:1])
+    if x.dtype is torch.float32 and pairs.shape[1]==2: return x.index_select(0, pairs[:,1]).lerp_(without_partners(x, pairs, in_order), weights[:,:1].to(x.dtype))
     w = weights.expand(pairs.shape)
     if x.element_size()<4: pairs,w = pairs.repeat(1, 2),torch.cat([w, w-w.to(x.dtype)], 1)
     return F.embedding_bag(pairs, x, per_sample_weights=w.to(x.dtype), mode='sum')

@@ -12,6 +12,7 @@ from warnings import warn
 from fastai.basics import *
 from fastai.callback import mixup as fastai_mixup
 
+from ._cpu import release_memory
 from ._loss_config import is_separable, mixes_losses
 from .batch import *
 from .core import *
@@ -71,9 +72,10 @@ class MixHandler(Mixer, Callback):
     after_batch = after_cancel_batch = restore
 
     def stop(self):
-        "Put the learner's own loss back, and forget the last batch"
+        "Put the learner's own loss back, and forget the last batch and its memory"
         self.restore()
         self.record = None
+        release_memory()
     after_cancel_train = after_cancel_epoch = after_cancel_fit = stop
 
     def after_train(self):

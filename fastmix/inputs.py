@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
+import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
+from fastai.tabular.model import TabularModel
 
+from .blend import blend
 from .core import *
 from .plan import *
 
 # %% auto #0
-__all__ = ['Mixtures', 'Lookups', 'OneHot', 'is_compiled', 'paddings', 'is_padding', 'mix_lookups', 'sort_by_padding',
-           'MixedInputs']
+__all__ = ['Mixtures', 'Lookups', 'OneHot', 'is_table_model', 'is_compiled', 'paddings', 'is_padding', 'mix_lookups',
+           'sort_by_padding', 'StackedParts', 'MixedInputs']
 
 # %% ../nbs/08_inputs.ipynb #de6a330c
 class Mixtures(NamedTuple):
@@ -152,6 +154,11 @@ def _mix(f, args, x, found, weights):
     return mixed.to(res.dtype) if res.is_floating_point() else mixed.as_subclass(OneHot)
 
 # %% ../nbs/08_inputs.ipynb #b1e12710
+def is_table_model(model):
+    "Is it fastai's `TabularModel`, with embeddings that do nothing else?"
+    if getattr(type(model), 'forward', None) is not TabularModel.forward or is_compiled(model): return False
+    return all(type(o).forward is nn.Embedding.forward and not (o._forward_hooks or o._forward_pre_hooks or is_compiled(o)) for o in model.embeds)
+
 def is_compiled(m:nn.Module): return isinstance(m, OptimizedModule) or m._compiled_call_impl is not None   # by torch.compile(m), by m.compile()
 
 def _check_followed(model):
@@ -195,11 +202,39 @@ def sort_by_padding(
     model:nn.Module, # Model whose embeddings say what stands for padding
 ) -> Plan: # For the same mixtures, longest first; `plan` itself where nothing is padded
     "Sort mixtures by padding, least first, as models of texts expect them"
-    texts = [x for x in xb if is_categorical(x) and plan.is_blended(x)]
+    texts = [x for x in xb if is_categorical(x) and plan.is_blended(x)] if not is_table_model(model) else ()
     pads = paddings(model) if texts else []
     if not pads: return plan
     valid = mix_lookups(plan, max(texts, key=Tensor.numel), pads).mixtures.valid.any(0)
     return plan.take(valid.view(len(plan.pairs), -1).sum(1).argsort(descending=True, stable=True))
+
+# %% ../nbs/08_inputs.ipynb #3b1f0a02
+class StackedParts(Tensor):
+    "Categories of a table, whose columns have the rows of the samples, and below them those of their partners"
+    @classmethod
+    def of(cls, plan, x):
+        columns = list(plan.gather(as_plain(x)).permute(2, 1, 0).flatten(1).unbind())
+        columns[:1] = [o.as_subclass(cls).with_(plan.lam) for o in columns[:1]]   # so that `torch.cat`, which gets all columns, is followed
+        return as_plain(plan.unmixed(x)).as_subclass(cls).with_(plan.lam, columns, lambda: mix_lookups(plan, x))
+
+    def with_(self, lam, columns=None, lookups=None):
+        vars(self).update(lam=lam, columns=columns, lookups=lookups)
+        return self
+
+    def __getitem__(self, key):
+        is_column = self.columns and type(key) is tuple and len(key)==2 and key[0]==slice(None) and type(key[1]) is int
+        return self.columns[key[1]] if is_column else super().__getitem__(key)
+
+    @classmethod
+    def __torch_function__(cls, f, types, args=(), kwargs=None):
+        x = args and (args[0][0] if f is torch.cat else args[0])
+        with torch._C.DisableTorchFunctionSubclass():
+            if type(x) is cls and not x.columns:   # the first column
+                if f is F.embedding: return f(*args, **kwargs).as_subclass(cls).with_(x.lam)
+                if f is torch.cat: return blend(*as_plain(f(*args)).chunk(2), x.lam)
+                raise _refusal(f)
+            args,kwargs = map_tensors(lambda o: o.lookups() if type(o) is StackedParts else o, (args,kwargs or {}))
+        return f(*args, **kwargs)
 
 # %% ../nbs/08_inputs.ipynb #14d0a78a
 class MixedInputs:
@@ -211,7 +246,10 @@ class MixedInputs:
         ys:tuple=(), # Targets, each (n, ...)
     ):
         self.xs = []
-        for x in xs: self.xs.append(mix_lookups(plan, x, paddings(model), ys) if is_categorical(x) and plan.is_blended(x) else plan.mix(x))
+        for x in xs: self.xs.append(self.integers(plan, x, model, ys) if is_categorical(x) and plan.is_blended(x) else plan.mix(x))
+
+    def integers(self, plan, x, model, ys):
+        return StackedParts.of(plan, x) if x.ndim==plan.k==2 and is_table_model(model) else mix_lookups(plan, x, paddings(model), ys)
 
     def check(self):
         "After the model: an error if it has not mixed its inputs as it should, or has compared parts that only look padded"

@@ -19,6 +19,7 @@ from fastcore.basics import noop, patch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ._cpu import release_memory
 from .batch import *
 from .calls import *
 from .core import *
@@ -113,6 +114,7 @@ class Mixing(pl.Callback):
         "Put `training_step` back, and forget the last batch"
         self.on_train_batch_end(trainer, pl_module, None, None, None)
         self.record,self.resumed = None,False
+        release_memory()
         if self.mixer.second_loader: self.mixer.partners.ready = noop
     on_exception = teardown
 

@@ -31,6 +31,8 @@ def _record(learn):
     if mixer.record.loss.is_for(learn.yb): return mixer.record
     raise RuntimeError('A callback has replaced the targets of this mixed batch, so a metric would see only those of one part: have it put them back, or give it an `order` below 9.5')
 
+def _is_mean(metric): return type(metric).accumulate is AvgMetric.accumulate
+
 class MixMetric(Metric):
     "`metric` on each target of a mixed training batch, weighted; on other batches, `metric` itself"
     def __init__(self,
@@ -45,11 +47,13 @@ class MixMetric(Metric):
 
     def accumulate(self, learn):
         record = _record(learn)
-        for i,(yb,weight) in enumerate(record.targets() if record else [(learn.yb,1.)]):
+        found = record.targets() if record else [(learn.yb,1.)]
+        values = _values(self.metric, learn, found) if isinstance(found[0][1], Tensor) and _is_mean(self.metric) and find_bs(learn.yb) else [None]*len(found)
+        for i,(yb,weight) in enumerate(found):
             if i==len(self.parts):
                 self.parts,self.weights = [*self.parts,deepcopy(self.metric)],[*self.weights,0.]
                 self.parts[i].reset()
-            self.weights[i] += _accumulate(self.parts[i], learn, yb, weight)
+            self.weights[i] += _accumulate(self.parts[i], learn, yb, weight, values[i])
 
     @property
     def value(self):
@@ -73,24 +77,31 @@ def _only(rows, learn, yb, weight):
     return res,res.yb,weight[rows]
 
 # %% ../nbs/13_metrics.ipynb #0e035ba3
-def _values(func, pred, yb):
-    "The metric of each sample (bs,), if their mean is the metric of the batch; otherwise that of the batch ()"
-    bs,whole = find_bs(yb),torch.as_tensor(func(pred, *yb)).detach().cpu()
-    def value(i): return torch.as_tensor(func(*map_tensors(lambda o: o[i:i+1] if o.ndim and len(o)==bs else o, (pred,*yb)))).detach().cpu()
-    try: each = torch.stack(list(map(value, range(bs))))
-    except Exception: return whole   # the metric needs more than one sample
-    return each if each.ndim==1 and torch.allclose(each.double().mean(), whole.double(), rtol=1e-5) else whole
+def _values(metric, learn, found):
+    "The metric of each sample for each of its targets (k, bs), if a mean of them is the metric of a batch; otherwise k times None"
+    (ybs,weights),func,pred = zip(*found),metric.func,learn.pred
+    bs,n,wholes = find_bs(ybs[0]),len(ybs[0]),torch.stack([torch.as_tensor(func(pred, *yb)).detach() for yb in ybs]).cpu().double()
+    def by_row(f, *o, other=noop): return map_tensors(lambda o: (f if o.ndim and o.shape[0]==bs else other)(o), o)
+    def value(*o): return torch.as_tensor(func(*o)).detach()
+    dims = by_row(lambda o: 0, pred, other=lambda o: None)
+    f = torch.vmap(torch.vmap(value, (*dims,*[0]*n)), (None,*[0]*n))
+    try: each = f(*by_row(lambda o: o.unsqueeze(1), pred), *[torch.stack(ys).unsqueeze(2) for ys in zip(*ybs)]).cpu()
+    except Exception:   # it needs numbers, as where it calls `item`
+        try: each = torch.stack([torch.stack([value(*by_row(lambda o: o[i:i+1], pred, *yb)) for i in range(bs)]) for yb in ybs]).cpu()
+        except Exception: return [None]*len(ybs)   # it needs more than one sample
+    return each if each.ndim==2 and torch.allclose(each.double().mean(1), wholes, rtol=1e-5) else [None]*len(ybs)
 
-def _accumulate(metric, learn, yb, weight):
-    "Accumulate the predictions of `learn` with the targets `yb`, and return the sum of their weights"
-    if isinstance(weight, Tensor) and (weight<=0).any(): learn,yb,weight = _only(weight>0, learn, yb, weight)
+def _accumulate(metric, learn, yb, weight, values):
+    "Accumulate `values`, or the predictions of `learn` with the targets `yb`, and return the sum of their weights"
+    is_mean = isinstance(weight, Tensor) and _is_mean(metric)
+    if values is None and isinstance(weight, Tensor) and (weight<=0).any(): learn,yb,weight = _only(weight>0, learn, yb, weight)
     if not find_bs(yb): return 0.
-    if not isinstance(weight, Tensor) or type(metric).accumulate is not AvgMetric.accumulate:
-        metric.accumulate(_WithTargets(learn, yb))
-        return weight.sum().item() if isinstance(weight, Tensor) else weight*find_bs(yb)
-    values,n = _values(metric.func, learn.pred, yb),weight.sum().item()
-    metric.total += (values*weight.cpu()).sum() if values.ndim else values*n
-    metric.count += n
+    n = weight.sum().item() if isinstance(weight, Tensor) else weight*find_bs(yb)
+    if not is_mean: metric.accumulate(_WithTargets(learn, yb))
+    else:
+        weight = weight.cpu()
+        metric.total += torch.as_tensor(metric.func(learn.pred, *yb)).detach().cpu()*n if values is None else torch.where(weight>0, values*weight, 0).sum()
+        metric.count += n
     return n
 
 # %% ../nbs/13_metrics.ipynb #9ea9427e

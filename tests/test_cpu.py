@@ -1,11 +1,17 @@
 "Mixing in a CPU's memory: the values of the definition, whatever the layout, in memory that nobody holds"
-import subprocess, sys
+import gc, subprocess, sys, weakref
+from functools import partial
 import numpy as np, pytest, torch
+from torch import nn
+from fastai.callback.core import Callback
 from fastai.torch_core import TensorImage
+from fastmix import _cpu
 from fastmix._cpu import fast_blend, fast_paste, new_memory
 from fastmix.core import draw_lam, draw_partners
+from fastmix.mixers import MixUp
 from fastmix.plan import Plan
 from fastmix.regions import Boxes, Mask, draw_boxes
+from helpers import mk_dls, mk_learn, quiet_fit
 
 rng = np.random.default_rng(0)
 layouts = dict(plain=lambda x: x, channels_last=lambda x: x.to(memory_format=torch.channels_last), transposed=lambda x: x.transpose(2, 3),
@@ -46,12 +52,34 @@ def test_memory_is_lent_once():
     place = plan.mix(x).data_ptr()
     assert plan.mix(x).data_ptr()==place
 
+class Mixes(Callback):
+    "Mix something else in each batch"
+    order,run_valid = 50,False
+    def __init__(self, mix): self.mix = mix
+    def after_pred(self): self.mix()
+
+class Blocks(Callback):
+    "Blocks of memory that lie spare while the model runs"
+    order,run_valid = 100,False
+    def before_fit(self): self.found = []
+    def after_pred(self): self.found += map(weakref.ref, _cpu._spare[0])
+
+def test_no_memory_is_kept_after_a_fit():
+    _cpu.release_memory()
+    x,plan = torch.rand(16, 3, 200, 200),Plan.of(torch.arange(8), torch.rand(8))
+    learn = mk_learn(mk_dls([x], [torch.arange(16)%4]), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4)), cbs=[MixUp(.4), Blocks()])
+    learn.add_cb(Mixes(partial(plan.mix, x[:8])))
+    quiet_fit(learn)
+    gc.collect()
+    assert learn.blocks.found and not any(o() is not None for o in learn.blocks.found) and not _cpu._spare[0]
+
 def test_memory_is_not_lent_again_at_exit():
     "Where finalizers run though their objects live on"
     code = """import atexit
 @atexit.register
 def last(): mix(2.); print(held.min().item(), held.max().item())
-import torch; from fastmix.plan import Plan
+import torch; from fastmix.mixers import MixUp
+from fastmix.plan import Plan
 def mix(v): return Plan.of(torch.tensor([1,0]), torch.full((2,), .5)).mix(torch.full((2,3,300,300), v))
 held = mix(1.)"""
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()==['1.0','1.0']

@@ -16,7 +16,7 @@ from fastai.text.models.core import get_text_classifier, masked_concat_pool
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
-from fastmix.inputs import Lookups, MixedInputs, is_padding, mix_lookups, paddings, sort_by_padding
+from fastmix.inputs import Lookups, MixedInputs, StackedParts, is_padding, mix_lookups, paddings, sort_by_padding
 from fastmix.mixers import CutMix, MixUp, OneOf
 from fastmix.plan import Plan
 from helpers import mk_dls, mk_learn, name_of, quiet_fit, Record
@@ -83,7 +83,7 @@ def test_tabular_learner(bytes):
     if bytes: learn.model.__class__ = LongTabular
     for b in watch(learn, MixUp(1.), cbs=[Bytes()]*bytes):
         x = b['mixed'][0]
-        assert isinstance(x, Lookups) and x.dtype==(torch.uint8 if bytes else torch.int64)
+        assert type(x) is (Lookups if bytes else StackedParts) and x.dtype==(torch.uint8 if bytes else torch.int64)
         assert_close(b['pred'], learn.model.layers(by_weight(b['plan'], lambda j: of_rows(learn.model, b['loader_x'], j))))
         assert_close(b['loss'], soft_loss(b))
     assert len(learn.get_preds()[0])==8
