@@ -68,7 +68,8 @@ def _blend_wide(x, pairs, weights, in_order):
     return res
 
 def _blend_narrow(x, pairs, weights, in_order):
-    if x.dtype is torch.float32 and pairs.shape[1]==2: return x.index_select(0, pairs[:,1]).lerp_(without_partners(x, pairs, in_order), weights[:,:1].to(x.dtype))
+    if x.dtype is torch.float32 and pairs.shape[1]==2:
+        return x.index_select(0, pairs[:,1]).lerp_(without_partners(x, pairs, in_order), weights[:,:1].to(x.dtype))
     w = weights.expand(pairs.shape)
     if x.element_size()<4: pairs,w = pairs.repeat(1, 2),torch.cat([w, w-w.to(x.dtype)], 1)
     return F.embedding_bag(pairs, x, per_sample_weights=w.to(x.dtype), mode='sum')

@@ -12,7 +12,7 @@ from collections import namedtuple
 from functools import lru_cache, partial
 
 import torch, torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo import OptimizedModule
 from fastai.losses import BaseLoss, BCEWithLogitsLossFlat, CrossEntropyLossFlat, DiceLoss, FocalLoss, FocalLossFlat
 from fastai.losses import LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat
@@ -21,9 +21,7 @@ from fastai.losses import LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropy
 __all__ = ['scripted', 'ClassLoss', 'loss_layers', 'loss_option', 'is_separable', 'class_loss', 'is_standard', 'mixes_losses']
 
 # %% ../nbs/06_loss_config.ipynb #23797001
-def loss_layers(
-    loss_func, # Loss, as a fastai `Learner` takes it
-) -> list: # `loss_func`, the loss that it wraps, and so on inwards
+def loss_layers(loss_func):
     "The layers of a loss from the outside in, through partials, fastai's `BaseLoss` and `torch.compile`"
     layers,f = [],loss_func
     while True:
@@ -44,11 +42,7 @@ def _signature(f):
 
 def _params(f): return {} if isinstance(f, scripted) else _signature(getattr(f, '__func__', f) if inspect.isroutine(f) else type(f).__call__)
 
-def loss_option(
-    loss_func, # Loss, as a fastai `Learner` takes it
-    name:str, # Name of the option
-    default=None, # Value where the loss has no such option
-):
+def loss_option(loss_func, name, default=None):
     "The value of an option of `loss_func`: a partial's keyword, an attribute, or its signature's default"
     layers = loss_layers(loss_func)
     for f in layers:
@@ -59,9 +53,7 @@ def loss_option(
     return default if p is None or p.default is p.empty else p.default
 
 # %% ../nbs/06_loss_config.ipynb #f8186672
-def is_separable(
-    loss_func, # Loss, as a fastai `Learner` takes it
-) -> bool:
+def is_separable(loss_func):
     "Can `loss_func` be left unreduced, so that each sample can have its own λ?"
     if isinstance(loss_func, scripted): return False   # its options are constants
     has_option = hasattr(loss_func, 'reduction') or 'reduction' in _params(loss_layers(loss_func)[-1])
@@ -81,10 +73,8 @@ def _is_one_of(losses, layers, weighted=True):
 # %% ../nbs/06_loss_config.ipynb #96cc4eb4
 ClassLoss = namedtuple('ClassLoss', 'func weight ignore_index label_smoothing reduction axis', defaults=[None,-100,0.,'mean',None])
 
-def class_loss(
-    loss_func, # Loss, as a fastai `Learner` takes it
-) -> ClassLoss: # `func` is the innermost loss, `axis` is None where it does not flatten; None for any other loss
-    "How PyTorch's or fastai's cross-entropy, negative log-likelihood or label smoothing was configured, however wrapped"
+def class_loss(loss_func):
+    "How PyTorch's or fastai's cross-entropy, negative log-likelihood or label smoothing was configured, however wrapped; None for any other loss"
     *outer,f = layers = loss_layers(loss_func)
     if not _is_one_of(_class_losses, layers): return None
     options = ClassLoss._fields[1:-1]
@@ -101,18 +91,12 @@ _of_numbers = {nn.BCELoss, nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss, nn
     F.smooth_l1_loss, F.huber_loss, F.poisson_nll_loss}
 _other_losses = _of_numbers | {FocalLoss, DiceLoss}
 
-def is_standard(
-    loss_func, # Loss, as a fastai `Learner` takes it
-) -> bool:
+def is_standard(loss_func):
     "Is `loss_func` one of the PyTorch and fastai losses for which we know how they reduce?"
     return class_loss(loss_func) is not None or _is_one_of(_other_losses, loss_layers(loss_func), weighted=False)
 
 # %% ../nbs/06_loss_config.ipynb #18b4f841
-def mixes_losses(
-    loss_func, # Loss, as a fastai `Learner` takes it
-    y:Tensor, # (bs, ...) Targets
-    y_int:bool=None, # Are the targets classes, so that the losses are mixed? By default decided from the loss and `y`
-) -> bool: # True: mix the losses on both targets. False: blend the targets
+def mixes_losses(loss_func, y, y_int=None):   # y (bs, ...)
     "Mix the losses, or blend the targets? `y_int` decides, or the loss's own `y_int`, or else the type of loss and targets"
     if y_int is not None: return y_int
     layers = loss_layers(loss_func)

@@ -138,13 +138,9 @@ def _clone(o):
 
 class LossCalls:
     "Calls of a loss on the predictions of one batch, each from the same state"
-    def __init__(self,
-        loss_func, # Loss, as a fastai `Learner` takes it
-        pred, # Predictions
-        y_int:bool=None, # True: the loss looks at its targets, even where it seems not to
-        copies:bool=True, # Does a loss of your own get copies of its arguments, to write into?
-    ):
-        self.loss_func,self.pred,self.y_int,self.is_own,self.copies,self.writes = loss_func,pred,y_int,not is_standard(loss_func),copies,False
+    def __init__(self, loss_func, pred, y_int=None, copies=True):   # y_int: True if the loss looks at its targets, even where it seems not to
+        self.loss_func,self.pred,self.y_int,self.is_own = loss_func,pred,y_int,not is_standard(loss_func)
+        self.copies,self.writes = copies,False   # does the loss get copies of its arguments? Has it written into them?
 
     def __enter__(self):
         "Save the present state, from which each call starts"
@@ -191,10 +187,7 @@ def check_depends(calls, f, us, ybs):
             'targets, as in distillation, pass y_int=False to the mixer; if they count only later, as in a warm-up from 0, y_int=True')
 
 # %% ../nbs/06a_own_loss.ipynb #5041efba
-def per_sample(
-    lam:Tensor, # (bs, ...), or (1, ...) for the whole batch
-    u:Tensor, # (bs, ...), or (bs*k, ...) flattened sample after sample
-) -> Tensor: # Broadcasts with `u`
+def per_sample(lam, u):   # lam (bs, ...) or (1, ...), u (bs, ...), or (bs*k, ...), flattened sample after sample -> broadcasts with u
     "`lam`, repeated for all elements of each sample in `u`"
     n,m,more = lam.shape[0],u.shape[0],u.ndim-lam.ndim
     if n not in (1,m): lam = lam.repeat_interleave(m//n, 0)
@@ -214,6 +207,10 @@ def _reduce(loss_func, us, weights):
         f'{loss_func}, left unreduced, returns a tensor of shape {tuple(u.shape)}, without values for each of the {bs} samples: {_one_lam}')
     reduction,u = loss_option(loss_func, 'reduction'),_weighted_sum(us, [per_sample(w, u) for w in weights.unbind(1)])
     return u if reduction=='none' else getattr(u, reduction)()
+
+def _agree(loss_func, us, weight, got, want):
+    size,tol = _reduce(loss_func, [u.abs() for u in us], weight),max(1e-5, 4*torch.finfo(want.dtype).eps)
+    return torch.allclose(got, want.to(got.dtype), rtol=tol, atol=tol*size.max().item(), equal_nan=True)
 
 # %% ../nbs/06a_own_loss.ipynb #fc151d3c
 def call_for_each(calls, f, ybs, test=True):
@@ -269,7 +266,6 @@ def _is_half(o): return o.is_floating_point() and o.element_size()<4
 
 def check_mixable(calls, weights, ybs):
     "A `ValueError` if a loss of your own depends on the order of samples, or, where each has its own λ, cannot be mixed sample by sample"
-    if not calls.is_own: return
     (bs,k),device,pred,state = weights.shape,weights.device,calls.pred,LossState(calls.loss_func)
     half = any(map(_is_half, [*(v for v,_ in state.fixed),*state.tensors.values()]))
     if not half: pred = map_tensors(lambda o: o.float() if _is_half(o) else o, pred)   # to detect small differences
@@ -290,21 +286,18 @@ def _compare_calls(loss_func, pred, rows, k, ybs):
             f'{loss_func} returns {want.mean().item():.6g}, but its unreduced values, reduced by its `reduction`, '
             f'give {got.mean().item():.6g}, so it cannot be mixed sample by sample: {_one_lam}')
 
-def _agree(loss_func, us, weight, got, want):
-    size,tol = _reduce(loss_func, [u.abs() for u in us], weight),max(1e-5, 4*torch.finfo(want.dtype).eps)
-    return torch.allclose(got, want.to(got.dtype), rtol=tol, atol=tol*size.max().item(), equal_nan=True)
-
 # %% ../nbs/06a_own_loss.ipynb #b5a21183
 def _part_agrees(calls, ybs, n):
     "A function that compares the unreduced values of a few samples, which differ with `n`, with their loss"
     loss_func,bs,k = calls.loss_func,len(ybs[0][0]),len(ybs)
     at = torch.arange((bs+7)//8, device=ybs[0][0].device)
     rows,part = (at + n*len(at))%bs,(at+n)%k
-    def take(o): return o[rows] if o.ndim and len(o)==bs else o
     def agrees(us):
         us,weight = [u.detach().view(bs, len(u)//bs, *u.shape[1:])[rows].flatten(0, 1) for u in us],torch.eye(k, device=at.device)[part]
         return _agree(loss_func, us, weight, _reduce(loss_func, us, weight), want)
-    try: want = _try(loss_func, loss_func, map_tensors(take, calls.pred), [tuple(torch.stack([y[rows] for y in ys])[part,at] for ys in zip(*ybs))], calls.copies)[0][0]
+    try:
+        pred = map_tensors(lambda o: o[rows] if o.ndim and len(o)==bs else o, calls.pred)
+        want = _try(loss_func, loss_func, pred, [tuple(torch.stack([y[rows] for y in ys])[part,at] for ys in zip(*ybs))], calls.copies)[0][0]
     except Exception: return lambda us: False   # it takes whole batches only
     return agrees
 

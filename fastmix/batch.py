@@ -22,10 +22,7 @@ __all__ = ['check_batch', 'check_types', 'check_items', 'depends_on', 'MixedBatc
 # %% ../nbs/08a_batch.ipynb #e0f8ab85
 _no_boxes = 'Bounding boxes cannot be mixed, since a mixture has no true box: train without a mixer'
 
-def check_batch(
-    xb:tuple, # Inputs
-    yb:tuple, # Targets
-):
+def check_batch(xb, yb):
     "Raise an error if `xb` and `yb` are not all dense tensors of one length, or hold bounding boxes"
     n = xb[0].shape[:1] if isinstance(xb[0], Tensor) else None
     for o in (*xb,*yb):
@@ -40,9 +37,7 @@ def check_batch(
             'so it cannot be mixed: pass one row per sample')
 
 # %% ../nbs/08a_batch.ipynb #8ba090e3
-def check_types(
-    dl, # Training loader
-):
+def check_types(dl):
     "A `TypeError` where items hold bounding boxes"
     if any(isinstance(t, type) and issubclass(t, (TensorBBox,BoundingBoxes)) for t in tensors_in(getattr(dl, '_types', None))): raise TypeError(_no_boxes)
     with no_random():
@@ -50,17 +45,12 @@ def check_types(
         except Exception: return   # not a list of items, or one that is read in another way
     check_items(item)
 
-def check_items(
-    o, # Sample: tensors, or nests of them
-):
+def check_items(o):
     "A `TypeError` if a sample holds bounding boxes"
     if any(isinstance(t, (TensorBBox,BoundingBoxes)) for t in tensors_in(o)): raise TypeError(_no_boxes)
 
 # %% ../nbs/08a_batch.ipynb #7ca3a459
-def depends_on(
-    loss:Tensor, # Loss that is to be trained
-    others:list, # Tensors, or nodes of the graph
-) -> bool:
+def depends_on(loss, others):
     "Does the backward pass of `loss` go through one of `others`?"
     ends,seen,todo = {getattr(o, 'grad_fn', o) for o in others},set(),[loss.grad_fn]
     while todo:

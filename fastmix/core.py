@@ -89,52 +89,37 @@ def draw_partners(
     return torch.from_numpy(bs + np.concatenate([rng.permutation(n_extra) for _ in range(-(-bs//n_extra))])[:bs])
 
 # %% ../nbs/00_core.ipynb #067f2004
-def unsqueeze_as(
-    lam:Tensor, # (n,)
-    x:Tensor, # (bs, ...)
-) -> Tensor: # (n, 1, ...), of `x`'s rank
+def unsqueeze_as(lam, x):   # lam (n,), x (bs, ...) -> (n, 1, ...), of the rank of x
     "View `lam` so that it broadcasts over all but the first dimension of `x`"
     return lam.view(-1, *[1]*(x.ndim-1))
 
 # %% ../nbs/00_core.ipynb #6be73eb6
-def without_partners(
-    x:Tensor, # (n, ...) The samples, and any after them that are partners only
-    pairs:Tensor, # (bs, k), int64: the positions of each sample and of its partners
-    in_order:bool=True, # Does the first column of `pairs` hold 0 to bs-1, in order?
-) -> Tensor: # (bs, ...): `x` itself or a view of it, where possible
+def without_partners(x, pairs, in_order=True):   # x (n, ...), pairs (bs, k), int64 -> (bs, ...)
     "The samples without their partners, in the order of `pairs`"
     if not in_order: return x[pairs[:,0]]
     n = pairs.shape[0]
     return x if x.shape[0]==n else x[:n]
 
 # %% ../nbs/00_core.ipynb #2cf1d057
-def as_plain(
-    x:Tensor, # Tensor of any class
-) -> Tensor: # A plain tensor, which shares its memory
+def as_plain(x):
     "`x` without its subclass"
     return x if type(x) is Tensor else x.as_subclass(Tensor)
 
 # %% ../nbs/00_core.ipynb #de66e7bb
-def is_numeric(
-    x:Tensor, # (bs, ...)
-) -> bool:
+def is_numeric(x):   # x (bs, ...)
     "Does `x` hold numbers, which can be averaged? True for floats, complex numbers, and `uint8` of three or more dimensions"
     return x.is_floating_point() or x.is_complex() or x.dtype==torch.uint8 and x.ndim>2
 
 # %% ../nbs/00_core.ipynb #ede2b620
-def is_categorical(
-    x:Tensor, # (bs, ...)
-) -> bool:
+def is_categorical(x):   # x (bs, ...)
     "Does `x` hold integers that mean nothing as numbers, such as categories or tokens?"
     return not (x.is_floating_point() or x.dtype==torch.bool or is_numeric(x))
 
 # %% ../nbs/00_core.ipynb #f94368c3
 def _is_record(o): return isinstance(o, SimpleNamespace) or is_dataclass(o) and hasattr(o, '__dict__') and not isinstance(o, type)
 
-def tensors_in(
-    o, # A tensor, or a nest of tuples, lists, mappings, data classes and namespaces
-) -> list: # All leaves in order, including those that are not tensors
-    "Flatten a nest"
+def tensors_in(o):
+    "All leaves of a nest of tuples, lists, mappings, data classes and namespaces, in order, tensors or not"
     if isinstance(o, Mapping): o = o.values()
     elif _is_record(o): o = vars(o).values()
     elif not isinstance(o, (tuple,list)): return [o]
@@ -143,10 +128,7 @@ def tensors_in(
     return res
 
 # %% ../nbs/00_core.ipynb #c3dffa18
-def mapping_like(
-    o, # A mapping
-    items:dict, # New values, with the same keys
-): # Of the class of `o`, with its attributes
+def mapping_like(o, items):
     "`items`, as a mapping like `o`; a `TypeError` where a copy of `o` shares its values"
     if type(o) is dict: return items
     res,old = copy(o),{**o}
@@ -158,10 +140,7 @@ def mapping_like(
         if o[k] is not old[k]: raise TypeError(f'A {type(o).__name__} cannot be copied by copy.copy, as mixing requires: use a dict')
     return res
 
-def sequence_like(
-    o, # A tuple, named or not, or a list
-    items:list, # New elements, as many as in `o`
-): # Of the class of `o`
+def sequence_like(o, items):
     "`items`, as a tuple or list like `o`"
     return type(o)(*items) if hasattr(o, '_fields') else type(o)(items)
 
@@ -171,10 +150,7 @@ def _map_record(f, o):
     vars(res).update({k: map_tensors(f, v) for k,v in vars(o).items()})
     return res
 
-def map_tensors(
-    f:callable, # Function of a tensor
-    o, # A tensor, or a nest of tuples, lists and mappings
-): # The same nest, with the result of `f` in place of each tensor
+def map_tensors(f, o):
     "Apply `f` to each tensor in a nest"
     if isinstance(o, Tensor): return f(o)
     if isinstance(o, Mapping): return mapping_like(o, {k: map_tensors(f, v) for k,v in o.items()})
@@ -182,10 +158,7 @@ def map_tensors(
     return sequence_like(o, [f(v) if isinstance(v, Tensor) else map_tensors(f, v) for v in o])
 
 # %% ../nbs/00_core.ipynb #381fb721
-def fill_nest(
-    o, # A tensor, or a nest of tuples, lists and mappings
-    values:list, # One for each tensor in it, in order
-): # The same nest
+def fill_nest(o, values):
     "Put `values` in place of the tensors in a nest"
     values = iter(values)
     return map_tensors(lambda _: next(values), o)

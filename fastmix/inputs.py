@@ -196,11 +196,7 @@ def mix_lookups(plan, x, pads=(), ys=()):   # x (n, ...) -> (bs, ...)
     return Lookups(values, at, Mixtures(parts.flatten(1), weights.flatten(1), valid.flatten(1), labels, set()))
 
 # %% ../nbs/08_inputs.ipynb #15113f4e
-def sort_by_padding(
-    plan:Plan, # How the batch is mixed
-    xb:tuple, # Inputs, each (n, ...)
-    model:nn.Module, # Model whose embeddings say what stands for padding
-) -> Plan: # For the same mixtures, longest first; `plan` itself where nothing is padded
+def sort_by_padding(plan, xb, model):
     "Sort mixtures by padding, least first, as models of texts expect them"
     texts = [x for x in xb if is_categorical(x) and plan.is_blended(x)] if not is_table_model(model) else ()
     pads = paddings(model) if texts else []

@@ -39,12 +39,7 @@ def _fit_classes(y, shape, axis, flattens):
     return y.movedim(1, 0).transpose(axis+1, -1).reshape(y.shape[1], *flat[:-1]).movedim(0, -1).transpose(axis, -1)
 
 # %% ../nbs/07_losses.ipynb #a82afe4c
-def mix_class_loss(
-    c:ClassLoss, # How the loss was configured
-    plan:Plan, # How the batch was mixed
-    pred:Tensor, # (bs, C, ...) Predictions for the mixed inputs; in a fastai loss, the classes are in its `axis`
-    y:Tensor, # (n, ...) Classes, integers
-) -> Tensor: # Reduced as the loss reduces
+def mix_class_loss(c, plan, pred, y):   # pred (bs, C, ...), y (n, ...)
     "The weighted mean of the losses on a sample's targets, from one log-softmax of `pred`"
     pred,axis = as_plain(pred),(c.axis or 1) % pred.ndim
     if pred.element_size()<4 and torch.is_autocast_enabled(pred.device.type): pred = pred.float()   # as PyTorch's own
@@ -110,9 +105,7 @@ def _sample_means(f, p, y):
     with NoneReduce(f) as g: return g(p, y).reshape(len(y), -1).mean(1)
 
 # %% ../nbs/07_losses.ipynb #e59e0144
-def as_multi(
-    loss_func, # Loss, as a fastai `Learner` takes it
-) -> MultiLoss: # None for any other loss
+def as_multi(loss_func):
     "`loss_func`, if it is a `MultiLoss`, compiled or not; a subclass, or one with hooks, is a loss of your own"
     f = loss_func._orig_mod if isinstance(loss_func, OptimizedModule) else loss_func
     return f if type(f) is MultiLoss and not (f._forward_hooks or f._forward_pre_hooks) else None
@@ -151,12 +144,7 @@ def _mix_each(multi, plan, pred, yb, mixed, check, y_int):
     return multi.total(f(*o, m) for o,m in zip(multi.each(pred, yb), mixed))
 
 # %% ../nbs/07_losses.ipynb #a83e3a27
-def soft_targets(
-    plan:Plan, # How the batch was mixed
-    y:Tensor, # (n, ...) Classes
-    c:int, # Number of classes
-    ignore_index:int=-100, # Class for which all probabilities are 0; None for no class
-) -> Tensor: # (bs, c, ...), float32: probabilities
+def soft_targets(plan, y, c, ignore_index=-100):   # y (n, ...) -> (bs, c, ...), float32
     "One-hot classes, mixed"
     y = plan.gather(as_plain(y).long())
     keep = y != ignore_index   # all, where it is None
@@ -164,12 +152,7 @@ def soft_targets(
     return lam.new_zeros(len(y), c, *y.shape[2:]).scatter_add_(1, y*keep, lam)
 
 # %% ../nbs/07_losses.ipynb #b96a2d5c
-def soft_loss(
-    loss_func, # Loss, as a fastai `Learner` takes it
-    plan:Plan, # How the batch was mixed
-    pred:Tensor, # (bs, c, ...) Predictions for the mixed inputs
-    yb:tuple, # Targets: classes (n, ...)
-) -> Tensor: # Reduced as `loss_func` reduces
+def soft_loss(loss_func, plan, pred, yb):   # pred (bs, c, ...)
     "The loss on one-hot, mixed targets; a `ValueError` where `loss_func` takes none, or treats them differently from classes"
     if class_loss(loss_func): return _mix_losses(loss_func, plan, pred, yb)   # linear in its target, so this is the same
     if len(yb)>1: raise ValueError(f'soft=True is for one target, but {loss_func} takes {len(yb)}: pass soft=False, which mixes its losses')
@@ -245,14 +228,8 @@ def _mix_target(loss_func, plan, y):
 
 def _is_class(y): return False if y.is_floating_point() and y.ndim>1 and y.shape[1]>1 else None if y.is_floating_point() else True   # among floats, only (n, c) are probabilities
 
-def mix_targets(
-    loss_func, # Loss, as a fastai `Learner` takes it
-    plan:Plan, # How the batch is mixed
-    yb:tuple, # Targets, each (n, ...): those of the batch, and any of samples that are only partners
-    y_int:bool=None, # Mix the losses (True) or the targets (False)? By default, `loss_func` and the target's type decide
-    soft:bool=False, # Pass `loss_func` probabilities? Targets that are floats are then blended
-) -> tuple: # Targets, each (n, ...) if its losses are mixed, else mixed, (bs, ...); for each, whether its losses are mixed, a list of bool
-    "Decide for each target whether its losses are mixed, and mix the others"
+def mix_targets(loss_func, plan, yb, y_int=None, soft=False):
+    "The targets, those whose losses are not mixed blended or cut, and for each, whether its losses are mixed"
     if plan.split: return yb,[True]*len(yb)   # each part of the sum mixes them
     for y in yb:
         if y.ndim in (2,3) and y.squeeze().shape==(len(y),len(y)) and len(y)>2: _check_pairwise(y.squeeze())

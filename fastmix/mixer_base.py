@@ -23,10 +23,7 @@ from .plan import *
 __all__ = ['value_at', 'check_schedule', 'check_partner_source', 'Draw', 'Mixer']
 
 # %% ../nbs/05_mixer_base.ipynb #b13a5f8e
-def value_at(
-    value, # A number, or a function of the fraction of the training that is done
-    pct:float, # That fraction, 0 to 1
-): # A number
+def value_at(value, pct):
     "The value of a hyper-parameter"
     if not callable(value): return value
     value = value(pct)

@@ -111,10 +111,11 @@ def train_at_scale(
     epochs:int, # Epochs to train
     width:int=64, # As for `preact_resnet18`
     cbs=None, # More callbacks, for the training only, such as `ShiftFlip`
+    loss_func=None, # Cross-entropy by default
 ) -> Learner: # Trained learner
     "Train `preact_resnet18` as the paper does, in half precision where that is faster"
     dls.to(default_device())
-    learn = Learner(dls, preact_resnet18(dls.one_batch()[0].shape[1], p, width), loss_func=CrossEntropyLossFlat(), metrics=error_rate, wd=1e-4,
+    learn = Learner(dls, preact_resnet18(dls.one_batch()[0].shape[1], p, width), loss_func=loss_func or CrossEntropyLossFlat(), metrics=error_rate, wd=1e-4,
         wd_bn_bias=True, opt_func=partial(SGD, mom=.9, decouple_wd=False), cbs=[ChannelsLast(), *L(mixer)])
     device = default_device().type
     fast = torch.cuda.is_bf16_supported(False) if device=='cuda' else torch.cpu.get_capabilities().get('avx512_bf16', False)
