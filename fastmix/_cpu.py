@@ -38,16 +38,15 @@ def _reuse_memory(x, n):
 # %% ../nbs/01a_cpu.ipynb #9531ad2a
 def _rows(x):
     "View (bs, ...) as (bs, n) in memory order; None unless the samples lie one after another"
-    if not x.is_contiguous():
-        order = sorted(range(x.ndim), key=x.stride, reverse=True)
-        x = x.permute(order)
-        if order[0]!=0 or not x.is_contiguous(): return None
-    return x.view(x.shape[0], -1)
+    order = sorted(range(x.ndim), key=x.stride, reverse=True)
+    x = x.permute(order)
+    return x.view(x.shape[0], -1) if order[0]==0 and x.is_contiguous() else None
 
 def _memory_rows(x, needs_grad):
     "`x` as rows of memory; None if it is not on the CPU, needs a gradient or is being compiled"
     if not x.is_cpu or needs_grad and torch.is_grad_enabled() or torch.compiler.is_compiling(): return None
-    return _rows(as_plain(x)) if type(x).__torch_dispatch__ is Tensor.__torch_dispatch__ and x.numel() else None
+    if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__ or not x.numel(): return None
+    return as_plain(x).view(x.shape[0], -1) if x.is_contiguous() else _rows(as_plain(x))
 
 def _shaped(rows, x):
     "`rows`, in the shape, memory format and class of `x`"

@@ -120,9 +120,9 @@ def _is_record(o): return isinstance(o, SimpleNamespace) or is_dataclass(o) and 
 
 def tensors_in(o):
     "All leaves of a nest of tuples, lists, mappings, data classes and namespaces, in order, tensors or not"
-    if isinstance(o, Mapping): o = o.values()
-    elif _is_record(o): o = vars(o).values()
-    elif not isinstance(o, (tuple,list)): return [o]
+    if not isinstance(o, (tuple,list)):
+        if not isinstance(o, Mapping) and not _is_record(o): return [o]
+        o = (o if isinstance(o, Mapping) else vars(o)).values()
     res = []
     for v in o: res += [v] if isinstance(v, Tensor) else tensors_in(v)
     return res

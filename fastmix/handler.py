@@ -193,7 +193,7 @@ def draw_batch(self:MixHandler,
     if self.partners is not None and self.second_loader: xs,ys = self.partners.append_partners(xs, ys)
     plan = self.draw(xs, self.numbers(loss_func, ys) if callable(self.partners) else ys, pct=pct, per_batch=self.needs_one_lam(loss_func, ys), bs=bs)
     plan = self.adapt_plan(plan, xs, model, in_order)
-    if all(y.shape[0]==xs[0].shape[0] for y in ys): return plan,plan,xs,ys
+    if {o.shape[0] for o in ys} <= {xs[0].shape[0]}: return plan,plan,xs,ys
     if not self.fold: raise ValueError('If partners have no targets, a sample keeps its own, which must have the larger weight: pass fold=True to the mixer')
     return plan,plan.without_partner_targets(ys),xs,ys
 

@@ -198,8 +198,8 @@ def mix_lookups(plan, x, pads=(), ys=()):   # x (n, ...) -> (bs, ...)
 # %% ../nbs/08_inputs.ipynb #15113f4e
 def sort_by_padding(plan, xb, model):
     "Sort mixtures by padding, least first, as models of texts expect them"
-    texts = [x for x in xb if is_categorical(x) and plan.is_blended(x)] if not is_table_model(model) else ()
-    pads = paddings(model) if texts else []
+    texts = [x for x in xb if is_categorical(x) and plan.is_blended(x)]
+    pads = paddings(model) if texts and not is_table_model(model) else []
     if not pads: return plan
     valid = mix_lookups(plan, max(texts, key=Tensor.numel), pads).mixtures.valid.any(0)
     return plan.take(valid.view(len(plan.pairs), -1).sum(1).argsort(descending=True, stable=True))

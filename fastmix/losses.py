@@ -27,11 +27,9 @@ __all__ = ['mix_class_loss', 'MultiLoss', 'as_multi', 'losses_of', 'targets_of_p
            'ClassBCELoss', 'mix_targets', 'MixLoss']
 
 # %% ../nbs/07_losses.ipynb #a309bc31
-def _at(axis, y): return y if axis==1 else y.movedim(1, axis)
-
 def _fit_classes(y, shape, axis, flattens):
     "Rearrange `y` (bs, k, ...) to k classes in `axis`, for each place of the predictions' `shape`"
-    if (y.shape[0],*y.shape[2:])==shape[:axis]+shape[axis+1:]: return _at(axis, y)
+    if (y.shape[0],*y.shape[2:])==shape[:axis]+shape[axis+1:]: return y if axis==1 else y.movedim(1, axis)
     if not flattens: raise ValueError(f'Targets of shape {tuple(y[:,0].shape)} do not fit predictions of shape {tuple(shape)} '
         f'with the classes in dimension {axis}: pass classes of shape {tuple(shape[:axis]+shape[axis+1:])}')
     flat = [*shape]
@@ -46,7 +44,8 @@ def mix_class_loss(c, plan, pred, y):   # pred (bs, C, ...), y (n, ...)
     logp = pred if isinstance(c.func, nn.NLLLoss) or c.func is F.nll_loss else F.log_softmax(pred, axis)
     y = _fit_classes(plan.gather(as_plain(y).long()), pred.shape, axis, c.axis is not None)
     ignored = y==c.ignore_index
-    y,lam = y.masked_fill(ignored, 0),_at(axis, per_sample(plan.weights, y)).masked_fill(ignored, 0)
+    lam = per_sample(plan.weights, y)
+    y,lam = y.masked_fill(ignored, 0),(lam if axis==1 else lam.movedim(1, axis)).masked_fill(ignored, 0)
     if c.weight is not None and (len(c.weight)!=pred.shape[axis] or not c.weight.is_floating_point()): raise ValueError(
         f'weight must hold a float for each of the {pred.shape[axis]} classes that the model predicts, but it has shape {tuple(c.weight.shape)}, {c.weight.dtype}')
     w = lam if c.weight is None else lam*c.weight[y]

@@ -1,4 +1,4 @@
-"""Measure what mixing adds to a batch, compared with fastai's callback, timm, torchvision, no mixing and the speed of memory
+"""Measure what mixing adds to a batch, a training step and an epoch, compared with fastai's callback, timm, torchvision, no mixing and the speed of memory
 
 Docs: https://fastmix.github.io/fastmix/bench.html.md"""
 
@@ -13,18 +13,29 @@ import pandas as pd, torch, torch.nn.functional as F, torch.utils._pytree as pyt
 from fastai.basics import *
 from fastai.callback import mixup as fastai_mixup
 from fastai.callback.schedule import SchedCos
+from fastai.tabular.model import TabularModel
+from fastai.text.learner import rnn_cbs
+from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_clas_config
+from fastai.text.models.core import get_text_classifier
+from fastai.vision.learner import create_unet_model, create_vision_model
+from fastai.vision.models import resnet18
+from fastai.vision.models.xresnet import xresnet18
 from fastcore.script import call_parse
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..core import *
 from ..partners import *
 from ..losses import *
+from ..manifold import *
+from ..metrics import *
 from ..mixers import *
 from ..check import *
 
 # %% auto #0
 __all__ = ['bench_sizes', 'interleave', 'added', 'batch_step', 'loop_step', 'floor_step', 'rivals', 'mixing_costs', 'family',
-           'family_costs', 'verdict', 'bench', 'loss_steps', 'count_ops']
+           'family_costs', 'plot_costs', 'verdict', 'loss_steps', 'noise_dls', 'numbers', 'classes', 'a_table',
+           'an_mlp', 'a_text', 'learner_step', 'OwnLoss', 'small_steps', 'ratios', 'small_costs', 'TwoHeads',
+           'two_heads', 'tutorial_learners', 'epoch_costs', 'bench', 'count_ops']
 
 # %% ../../nbs/33_bench.ipynb #7a5e3bfc
 def interleave(
@@ -152,6 +163,24 @@ def family_costs(
     def cost(x): return added(interleave({o: batch_step(m, (x.clone(),)) for o,m in {'no mixing': None, **family()}.items()}, seconds))
     return pd.concat({name: cost(torch.rand(size, device=device)) for name,size in bench_sizes.items()})
 
+# %% ../../nbs/33_bench.ipynb #33b30001
+def plot_costs(
+    costs:pd.DataFrame, # From `mixing_costs`
+    **kwargs # For `plt.subplots`
+) -> plt.Figure:
+    "Draw what each mixer adds to a batch, a panel for each size, least first"
+    sizes = costs.index.unique(0)
+    fig,axs = plt.subplots(1, len(sizes), **{'figsize': (4*len(sizes),2.6), 'layout': 'constrained'} | kwargs)
+    for ax,size in zip(fig.axes, sizes):
+        ms = costs['added ms'][size].sort_values(ascending=False)
+        bars,floor = ms.drop('floor'),ms['floor']
+        drawn = ax.barh(bars.index, bars, color=['C0' if o.startswith('fastmix') else '.75' for o in bars.index])
+        ax.bar_label(drawn, fmt='{:.2g}', padding=3)
+        ax.axvline(floor, color='k', ls=':', label='floor')
+        ax.set(title=size, xlabel='added to a batch, ms', xlim=(0, 1.15*bars.max()))
+    fig.axes[0].legend()
+    return fig
+
 # %% ../../nbs/33_bench.ipynb #00e1b78b
 def verdict(
     costs:pd.DataFrame, # From `mixing_costs`
@@ -160,33 +189,164 @@ def verdict(
     more = costs['added ms'].unstack()
     return pd.DataFrame({'MixUp': more.fastai/more.fastmix, 'CutMix': more['fastai CutMix']/more['fastmix CutMix']}).round(2)
 
-# %% ../../nbs/33_bench.ipynb #ffd82747
-@call_parse
-def bench(
-    seconds:float=20., # About how long to measure each size
-): # Prints three tables
-    "Measure what mixing adds to a batch on one thread; exit with 1 if ours adds more than fastai's anywhere"
-    torch.set_num_threads(1)
-    costs = mixing_costs(seconds, default_device().type)
-    res = verdict(costs)
-    print(costs.to_string(), family_costs(seconds, default_device().type).to_string(), res.to_string(), sep='\n\n')
-    if (res<1).any(axis=None): raise SystemExit('fastmix adds more than fastai where the last table is below 1')
-
 # %% ../../nbs/33_bench.ipynb #bcc3e7be
 def loss_steps(
     shape:tuple, # (bs, C, ...) of the predictions
     device:str='cpu', # Device to measure on
+    unreduced:callable=partial(F.cross_entropy, reduction='none'), # The loss, unreduced
+    loss_func=nn.CrossEntropyLoss(), # The loss
 ) -> dict: # Name: step
-    "Cross-entropy, plain and mixed, for a batch of noise"
+    "A loss, plain and mixed, for a batch of noise"
     pred,y = torch.randn(shape, device=device, requires_grad=True),torch.randint(0, shape[1], (shape[0],*shape[2:]), device=device)
-    plan,mixed = MixUp(.4).draw(pred),MixLoss(nn.CrossEntropyLoss())
+    plan,mixed = MixUp(.4).draw(pred),MixLoss(loss_func)
     lam = unsqueeze_as(plan.lam, y)
-    def two(): return torch.lerp(*(F.cross_entropy(pred, o, reduction='none') for o in (y[plan.idx],y)), lam).mean()
+    def two(): return torch.lerp(*(unreduced(pred, o) for o in (y[plan.idx],y)), lam).mean()
     def step(loss):
         loss().backward()
         pred.grad = None
     return {name: partial(step, f) for name,f in
-        {'plain': lambda: F.cross_entropy(pred, y), 'two losses': two, 'fastmix': lambda: mixed(pred, y, plan=plan)}.items()}
+        {'two losses': two, 'fastmix': lambda: mixed(pred, y, plan=plan), 'plain': lambda: loss_func(pred, y)}.items()}
+
+# %% ../../nbs/33_bench.ipynb #33b30005
+def noise_dls(
+    *makers, # Functions that return an input or the target of one sample; the last is the target
+    bs:int=64, # Batch size
+    n:int=1, # Number of batches
+) -> DataLoaders: # For training and for validation
+    "Loaders of noise"
+    items = [tuple(f() for f in makers) for _ in range(n*bs)]
+    dls = DataLoaders(DataLoader(items, bs=bs), DataLoader(items, bs=bs), device=default_device())
+    for dl in dls: dl.n_inp = len(makers)-1
+    return dls
+
+class _Metric(Callback):
+    order,run_valid = 50,False
+    def __init__(self, metric): self.metric = mk_metric(metric)
+    def before_train(self): self.metric.reset()
+    def after_batch(self): self.metric.accumulate(self.learn)
+
+# %% ../../nbs/33_bench.ipynb #33b30007
+def numbers(*size): return lambda: torch.randn(size)
+def classes(c, *size): return lambda: torch.randint(0, c, size)
+def _texts(length): return lambda: torch.randint(2, 1000, (length,))   # 1 would be padding
+
+# %% ../../nbs/33_bench.ipynb #33b30008
+def a_table(**kwargs):
+    dls = noise_dls(classes(10, 8), numbers(8), classes(3))
+    return Learner(dls, TabularModel([(10,6)]*8, 8, 3, [200,100]), CrossEntropyLossFlat(), **kwargs)
+
+def an_mlp(**kwargs):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
+    return Learner(noise_dls(numbers(1, 28, 28), classes(10)), model, CrossEntropyLossFlat(), **kwargs)
+
+def a_text(cbs=(), bs=32, length=72, n=1, sizes=None, **kwargs):
+    model = get_text_classifier(AWD_LSTM, 1000, 4, seq_len=length, config=awd_lstm_clas_config | (sizes or {}))
+    return Learner(noise_dls(_texts(length), classes(4), bs=bs, n=n), model, CrossEntropyLossFlat(), cbs=[*L(cbs),*rnn_cbs()], **kwargs)
+
+# %% ../../nbs/33_bench.ipynb #33b30009
+def learner_step(
+    learn:Learner, # Learner with one batch
+) -> callable: # Trains on one batch
+    "A training step, with all callbacks but those that only report"
+    batch = to_device(learn.dls.one_batch(), default_device())
+    learn.remove_cbs(learn.cbs.filter(lambda o: type(o).__module__ in ('fastai.learner','fastai.callback.core','fastai.callback.progress')))
+    learn.create_opt()
+    learn.model.to(default_device()).train()
+    learn.training,learn.pct_train,learn.iter,learn.epoch,learn.train_iter = True,0.,0,0,0
+    for event in ('before_fit','before_train'): learn(event)
+    return lambda: learn.one_batch(0, batch)
+
+# %% ../../nbs/33_bench.ipynb #33b30011
+class OwnLoss(nn.Module):
+    "Cross-entropy, as a loss that fastmix does not know"
+    def __init__(self, reduction='mean'):
+        super().__init__()
+        self.reduction = reduction
+    def forward(self, pred, y):
+        u = -F.log_softmax(pred, 1).gather(1, y[:,None])[:,0]
+        return u if self.reduction=='none' else getattr(u, self.reduction)()
+
+# %% ../../nbs/33_bench.ipynb #33b30012
+def small_steps() -> dict: # Name: steps to compare, by name, the first as the unit
+    "Steps in which the time of each call counts"
+    def steps(new, **mixers): return {o: learner_step(new(cbs=mixer)) for o,mixer in mixers.items()}
+    def table(*cbs): return learner_step(a_table(cbs=cbs))
+    metrics = {'unmixed, accuracy': [_Metric(accuracy)], 'MixUp, accuracy': [MixUp(.4),_Metric(accuracy)],
+        'MixUp, MixMetric(accuracy)': [MixUp(.4),_Metric(MixMetric(accuracy))]}
+    mlps = {'unmixed': None, 'MixUp': MixUp(.4), "fastai's MixUp": fastai_mixup.MixUp(.4)}
+    return {'own loss, 8×21×128²': loss_steps((8,21,128,128), default_device().type, OwnLoss('none'), OwnLoss()),
+        'table': steps(a_table, unmixed=None, MixUp=MixUp(.4), ManifoldMixUp=ManifoldMixUp(.4)),
+        'table, metric': {o: table(*cbs) for o,cbs in metrics.items()}, 'AWD-LSTM, 32 texts': steps(a_text, unmixed=None, MixUp=MixUp(.4)),
+        'MLP, 64×1×28²': steps(an_mlp, **mlps)}
+
+# %% ../../nbs/33_bench.ipynb #33b30013
+def ratios(
+    times:pd.DataFrame, # From `interleave`
+) -> pd.DataFrame: # Medians in ms; ratios to the median of the first column, with quartiles
+    "The time of each step, and as a multiple of the first"
+    q = times.div(times.iloc[:,0].median()).quantile([.25,.5,.75]).T
+    return pd.DataFrame({'ms': times.median()*1e3, 'ratio': q[.5], 'from': q[.25], 'to': q[.75]}).round(3)
+
+def small_costs(
+    seconds:float=20., # About how long to measure each kind of step
+) -> pd.DataFrame: # As from `ratios`, for each of `small_steps`
+    "What mixing costs where the time of each call counts, measured in turns"
+    return pd.concat({name: ratios(interleave(steps, seconds)) for name,steps in small_steps().items()})
+
+# %% ../../nbs/33_bench.ipynb #33b30016
+class TwoHeads(nn.Module):
+    "A class and a number from the features of one body"
+    def __init__(self):
+        super().__init__()
+        self.body,self.heads = xresnet18(n_out=64),nn.ModuleList([nn.Linear(64, 10), nn.Linear(64, 1)])
+    def forward(self, x):
+        x = self.body(x)
+        return tuple(head(x) for head in self.heads)
+
+def two_heads(**kwargs):
+    dls = noise_dls(numbers(3, 32, 32), classes(10), numbers(1), bs=32, n=4)
+    for dl in dls: dl.n_inp = 1
+    return Learner(dls, TwoHeads(), MultiLoss(CrossEntropyLossFlat(), MSELossFlat(), weights=[1,.01]), **kwargs)
+
+# %% ../../nbs/33_bench.ipynb #33b30017
+def tutorial_learners() -> dict: # Page: function that makes its learner, with a mixer as `cbs`
+    "The learners of the tutorials"
+    ce,mse = CrossEntropyLossFlat,MSELossFlat
+    def images(): return noise_dls(numbers(3, 32, 32), classes(10), n=4),create_vision_model(resnet18, 10, pretrained=False),ce()
+    def patients(): return noise_dls(classes(2, 1), numbers(9), numbers(1), bs=32, n=7),TabularModel([(3,3)], 9, 1, [100,50]),mse()
+    def numbers_only(): return noise_dls(numbers(10), numbers(1), bs=32, n=7),nn.Sequential(nn.Linear(10, 200), nn.ReLU(), nn.Linear(200, 1)),mse()
+    def masks():
+        dls = noise_dls(numbers(3, 32, 32), classes(2, 32, 32), bs=32, n=2)
+        return dls,create_unet_model(resnet18, 2, (32,32), pretrained=False),ce(axis=1)
+    made = dict(Quickstart=images, Tables=patients, Regression=numbers_only, Masks=masks)
+    text = partial(a_text, bs=64, length=48, n=4, sizes=dict(emb_sz=64, n_hid=64, n_layers=2))
+    return {page: lambda f=f, **kwargs: Learner(*f(), **kwargs) for page,f in made.items()} | {'Texts': text, 'Two targets': two_heads, 'Partners': an_mlp}
+
+# %% ../../nbs/33_bench.ipynb #33b30018
+def epoch_costs(
+    seconds:float=20., # About how long to measure each page
+) -> pd.DataFrame: # As from `ratios`, for each page
+    "What mixing adds to an epoch of the learner of each tutorial, measured in turns"
+    def epoch(learn):
+        def run():
+            with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-4)
+        return run
+    def cost(new): return ratios(interleave({o: epoch(new(cbs=m)) for o,m in {'unmixed': None, 'MixUp': MixUp(.4), 'unmixed, again': None}.items()}, seconds))
+    return pd.concat({page: cost(new) for page,new in tutorial_learners().items()})
+
+# %% ../../nbs/33_bench.ipynb #ffd82747
+@call_parse
+def bench(
+    seconds:float=20., # About how long to measure each size, and each kind of step
+    out:str='bench.png', # Where to save the chart
+): # Prints five tables
+    "Measure what mixing adds to a batch, a step and an epoch on one thread; exit with 1 if ours adds more than fastai's anywhere"
+    torch.set_num_threads(1)
+    costs = mixing_costs(seconds, default_device().type)
+    res = verdict(costs)
+    plot_costs(costs).savefig(out)
+    for o in (costs, family_costs(seconds, default_device().type), small_costs(seconds), epoch_costs(seconds), res): print(o.to_string(), end='\n\n')
+    if (res<1).any(axis=None): raise SystemExit('fastmix adds more than fastai where the last table is below 1')
 
 # %% ../../nbs/33_bench.ipynb #fdbecc5d
 class _Counter(TorchDispatchMode):
