@@ -50,7 +50,7 @@ def _memory_rows(x, needs_grad):
 
 def _shaped(rows, x):
     "`rows`, in the shape, memory format and class of `x`"
-    res = rows.as_strided((rows.shape[0],*x.shape[1:]), x.stride())
+    res = rows.as_strided((rows.shape[0],*x.shape[1:]), (rows.shape[1],*x.stride()[1:]))   # a single sample may have any stride
     if type(x) is Tensor: return res
     res = res.as_subclass(type(x))
     res.__dict__.update(x.__dict__)

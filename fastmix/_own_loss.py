@@ -130,17 +130,18 @@ def has_drawn(self:LossState):
     return not same or self.cuda is not None and not torch.cuda.get_rng_state().equal(self.cuda)
 
 # %% ../nbs/06a_own_loss.ipynb #fbe62281
-def _versions(args): return [o._version for o in tensors_in(args) if isinstance(o, Tensor) and not o.is_inference()]
-def _clone(o):
-    res = o.clone()
+def _version(o): return None if o.is_inference() else o._version
+
+def _copy(f, o):
+    res = f(o)
     vars(res).update(vars(o))   # what a model has attached
     return res
 
 class LossCalls:
     "Calls of a loss on the predictions of one batch, each from the same state"
-    def __init__(self, loss_func, pred, y_int=None, copies=True):   # y_int: True if the loss looks at its targets, even where it seems not to
+    def __init__(self, loss_func, pred, y_int=None):   # y_int: True if the loss looks at its targets, even where it seems not to
         self.loss_func,self.pred,self.y_int,self.is_own = loss_func,pred,y_int,not is_standard(loss_func)
-        self.copies,self.writes = copies,False   # does the loss get copies of its arguments? Has it written into them?
+        self.copies,self.writes = True,False   # does the loss get a copy of the predictions, to write into? Has it done so?
 
     def __enter__(self):
         "Save the present state, from which each call starts"
@@ -154,11 +155,11 @@ class LossCalls:
         "Call `f`, the loss or its unreduced form, with the targets `yb`"
         if not self.is_own: return f(self.pred, *yb)
         self.state.restore()
-        args = map_tensors(_clone, (self.pred,*yb)) if self.copies else (self.pred,*yb)
-        before = _versions(args)
-        res = f(*args)
-        self.writes = self.writes or _versions(args)!=before
-        if self.writes and not self.copies: raise ValueError(f'{self.loss_func} writes into its predictions or targets, as it did not in earlier batches: clone them first')
+        pred = map_tensors(partial(_copy, Tensor.clone if self.copies else lambda o: o.view_as(o)), self.pred)
+        seen = [(o, _version(o), p) for o,p in zip(tensors_in(pred), tensors_in(self.pred)) if isinstance(o, Tensor)]
+        res = f(pred, *map_tensors(partial(_copy, Tensor.clone), yb))
+        self.writes = self.writes or any(_version(o)!=v or self.copies and not o.equal(p) for o,v,p in seen)
+        if self.writes and not self.copies: raise ValueError(f'{self.loss_func} writes into its predictions, as it did not in earlier batches: clone them first')
         if isinstance(res, Tensor): return res
         raise TypeError(f'{self.loss_func} must return a tensor to be mixed, but returned a {type(res).__name__}')
 
@@ -238,10 +239,10 @@ def mix_values(calls, weights, ybs, test=True, agrees=None):
     return _reduce(loss_func, us, weights)
 
 # %% ../nbs/06a_own_loss.ipynb #4af6f6f1
-def _try(loss_func, f, pred, ybs, copies=True):
-    "What `f` returns for each of `ybs`, and whether it draws random numbers; the loss is left as it was"
-    calls = LossCalls(loss_func, pred, copies=copies).__enter__()
-    try: return [calls(f, yb).detach() for yb in ybs],calls.state.has_drawn
+def _try(loss_func, f, pred, ybs):
+    "What `f` returns for each of `ybs`, whether it draws random numbers, and whether it writes into `pred`; the loss is left as it was"
+    calls = LossCalls(loss_func, pred).__enter__()
+    try: return [calls(f, yb).detach() for yb in ybs],calls.state.has_drawn,calls.writes
     finally: calls.state.reset()
 
 # %% ../nbs/06a_own_loss.ipynb #38571ea6
@@ -275,10 +276,10 @@ def check_mixable(calls, weights, ybs):
 def _compare_calls(loss_func, pred, rows, k, ybs):
     per_batch = len(rows)==1
     tried = ybs[:1] if per_batch else [*ybs,tuple(torch.stack(ys)[rows%k,rows] for ys in zip(*ybs))]   # the last alternates between them
-    wants,draws = _try(loss_func, loss_func, pred, tried)
+    wants,draws,_ = _try(loss_func, loss_func, pred, tried)
     if wants[0].shape==() and not draws: _check_order(loss_func, pred, ybs[0], wants[0])
     if per_batch or not is_separable(loss_func): return   # the latter is an error of `mix_values`
-    with NoneReduce(loss_func) as f: us,_ = _try(loss_func, f, pred, ybs)
+    with NoneReduce(loss_func) as f: us = _try(loss_func, f, pred, ybs)[0]
     eye = torch.eye(k, device=rows.device)
     for want,weight in zip(wants, [*eye[:,None].expand(-1, len(rows), -1),eye[rows%k]]):
         got = _reduce(loss_func, us, weight)
@@ -287,19 +288,22 @@ def _compare_calls(loss_func, pred, rows, k, ybs):
             f'give {got.mean().item():.6g}, so it cannot be mixed sample by sample: {_one_lam}')
 
 # %% ../nbs/06a_own_loss.ipynb #b5a21183
-def _part_agrees(calls, ybs, n):
-    "A function that compares the unreduced values of a few samples, which differ with `n`, with their loss"
+def _try_part(calls, ybs, n):
+    "Call the loss for a part of the samples, which differs with `n`. Does it write into `pred`? And a function: do unreduced values give the same?"
     loss_func,bs,k = calls.loss_func,len(ybs[0][0]),len(ybs)
-    at = torch.arange((bs+7)//8, device=ybs[0][0].device)
-    rows,part = (at + n*len(at))%bs,(at+n)%k
-    def agrees(us):
-        us,weight = [u.detach().view(bs, len(u)//bs, *u.shape[1:])[rows].flatten(0, 1) for u in us],torch.eye(k, device=at.device)[part]
-        return _agree(loss_func, us, weight, _reduce(loss_func, us, weight), want)
+    is_large = sum(o.numel() for o in tensors_in(calls.pred))>2**18
+    at = torch.arange(max(2, bs//8) if is_large else (bs+1)//2, device=ybs[0][0].device)
+    rows,part = (at + n*len(at))%bs,(at + n*len(at)//bs)%k
     try:
         pred = map_tensors(lambda o: o[rows] if o.ndim and len(o)==bs else o, calls.pred)
-        want = _try(loss_func, loss_func, pred, [tuple(torch.stack([y[rows] for y in ys])[part,at] for ys in zip(*ybs))], calls.copies)[0][0]
-    except Exception: return lambda us: False   # it takes whole batches only
-    return agrees
+        (want,),_,writes = _try(loss_func, loss_func, pred, [tuple(torch.stack([y[rows] for y in ys])[part,at] for ys in zip(*ybs))])
+    except Exception: return True,lambda us: False   # it takes whole batches only
+    def agrees(us):
+        weight = torch.eye(k, device=at.device)[part]
+        try: us = [u.detach().view(bs, len(u)//bs, *u.shape[1:])[rows].flatten(0, 1) for u in us]
+        except Exception: return False
+        return _agree(loss_func, us, weight, _reduce(loss_func, us, weight), want)
+    return writes,agrees
 
 # %% ../nbs/06a_own_loss.ipynb #e7effa8c
 _known = weakref.WeakKeyDictionary()
@@ -313,10 +317,11 @@ def _known_of(calls, weights, ybs):
 def mix_own(calls, weights, ybs, check=True):
     "The mixed value of a loss of your own; a `ValueError` where it cannot be mixed"
     known = _known_of(calls, weights, ybs)
-    test = known.n%32==0
+    by_sample = len(weights)>1 and is_separable(calls.loss_func)
+    test = known.n%(32 if by_sample else 4)==0
     if test and check: check_mixable(calls, weights, ybs)
-    calls.copies = test or known.writes
-    agrees = _part_agrees(calls, ybs, known.n) if check and not test and len(weights)>1 and is_separable(calls.loss_func) else None
+    writes,agrees = _try_part(calls, ybs, known.n) if check and not test and by_sample else (known.writes,None)
+    calls.copies = test or writes or known.writes
     res = mix_values(calls, weights, ybs, test, agrees)
-    known.n,known.writes = known.n+1,known.writes or calls.writes
+    known.n,known.writes = known.n+1,known.writes or writes or calls.writes
     return res

@@ -24,7 +24,6 @@ _no_boxes = 'Bounding boxes cannot be mixed, since a mixture has no true box: tr
 
 def check_batch(xb, yb):
     "Raise an error if `xb` and `yb` are not all dense tensors of one length, or hold bounding boxes"
-    n = xb[0].shape[:1] if isinstance(xb[0], Tensor) else None
     for o in (*xb,*yb):
         if not isinstance(o, Tensor): raise TypeError(
             f'Only tensors can be mixed, but the batch holds a {type(o).__name__}: '
@@ -32,7 +31,7 @@ def check_batch(xb, yb):
         if isinstance(o, (TensorBBox,BoundingBoxes)): raise TypeError(_no_boxes)
         if o.layout is not torch.strided or o.is_nested: raise TypeError(f'Only dense tensors can be mixed, but the batch holds one that is '
             f'{"nested" if o.is_nested else o.layout}: pad it, or call its to_dense()')
-        if not o.ndim or o.shape[:1]!=n: raise ValueError(
+        if not o.ndim or o.shape[:1]!=xb[0].shape[:1]: raise ValueError(
             f'An input or target of shape {tuple(o.shape)} does not have one row for each of the {len(xb[0])} samples, '
             'so it cannot be mixed: pass one row per sample')
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
+from torch.nn.modules.module import _has_any_global_hook
 from fastai.tabular.model import TabularModel
 
 from .blend import blend
@@ -156,8 +157,9 @@ def _mix(f, args, x, found, weights):
 # %% ../nbs/08_inputs.ipynb #b1e12710
 def is_table_model(model):
     "Is it fastai's `TabularModel`, with embeddings that do nothing else?"
-    if getattr(type(model), 'forward', None) is not TabularModel.forward or is_compiled(model): return False
-    return all(type(o).forward is nn.Embedding.forward and not (o._forward_hooks or o._forward_pre_hooks or is_compiled(o)) for o in model.embeds)
+    if getattr(type(model), 'forward', None) is not TabularModel.forward or is_compiled(model) or _has_any_global_hook(): return False
+    return all(type(o).forward is nn.Embedding.forward and not (o.scale_grad_by_freq or is_compiled(o)
+        or o._forward_hooks or o._forward_pre_hooks or o._backward_hooks or o._backward_pre_hooks) for o in model.embeds)
 
 def is_compiled(m:nn.Module): return isinstance(m, OptimizedModule) or m._compiled_call_impl is not None   # by torch.compile(m), by m.compile()
 
@@ -199,23 +201,31 @@ def mix_lookups(plan, x, pads=(), ys=()):   # x (n, ...) -> (bs, ...)
 def sort_by_padding(plan, xb, model):
     "Sort mixtures by padding, least first, as models of texts expect them"
     texts = [x for x in xb if is_categorical(x) and plan.is_blended(x)]
-    pads = paddings(model) if texts and not is_table_model(model) else []
+    pads = paddings(model) if texts and not isinstance(model, TabularModel) else []
     if not pads: return plan
     valid = mix_lookups(plan, max(texts, key=Tensor.numel), pads).mixtures.valid.any(0)
     return plan.take(valid.view(len(plan.pairs), -1).sum(1).argsort(descending=True, stable=True))
 
 # %% ../nbs/08_inputs.ipynb #3b1f0a02
 class StackedParts(Tensor):
-    "Categories of a table, whose columns have the rows of the samples, and below them those of their partners"
+    "Categories of a table. Its columns, and what is looked up with them, have the rows of the samples, and below them those of their partners"
     @classmethod
     def of(cls, plan, x):
-        columns = list(plan.gather(as_plain(x)).permute(2, 1, 0).flatten(1).unbind())
-        columns[:1] = [o.as_subclass(cls).with_(plan.lam) for o in columns[:1]]   # so that `torch.cat`, which gets all columns, is followed
-        return as_plain(plan.unmixed(x)).as_subclass(cls).with_(plan.lam, columns, lambda: mix_lookups(plan, x))
+        columns = plan.gather(as_plain(x)).permute(2, 1, 0).flatten(1).unbind()
+        return cls.made(as_plain(plan.unmixed(x)), plan, x, columns=[cls.made(o, plan, x, i) for i,o in enumerate(columns)])
 
-    def with_(self, lam, columns=None, lookups=None):
-        vars(self).update(lam=lam, columns=columns, lookups=lookups)
-        return self
+    @classmethod
+    def made(cls, o, plan, x=None, i=None, columns=None):
+        res = o.as_subclass(cls)
+        res.plan,res.x,res.i,res.columns = plan,x,i,columns
+        return res
+
+    def general(self):
+        "What any other operation gets: `Lookups`, or what was looked up, mixed"
+        with torch._C.DisableTorchFunctionSubclass():
+            if self.x is None: return blend(*self.chunk(2), self.plan.lam)
+        res = mix_lookups(self.plan, self.x)
+        return res if self.i is None else res[:,self.i]
 
     def __getitem__(self, key):
         is_column = self.columns and type(key) is tuple and len(key)==2 and key[0]==slice(None) and type(key[1]) is int
@@ -223,14 +233,18 @@ class StackedParts(Tensor):
 
     @classmethod
     def __torch_function__(cls, f, types, args=(), kwargs=None):
-        x = args and (args[0][0] if f is torch.cat else args[0])
         with torch._C.DisableTorchFunctionSubclass():
-            if type(x) is cls and not x.columns:   # the first column
-                if f is F.embedding: return f(*args, **kwargs).as_subclass(cls).with_(x.lam)
-                if f is torch.cat: return blend(*as_plain(f(*args)).chunk(2), x.lam)
-                raise _refusal(f)
-            args,kwargs = map_tensors(lambda o: o.lookups() if type(o) is StackedParts else o, (args,kwargs or {}))
+            if f is F.embedding and args[0].i is not None: return cls.made(f(*args, **kwargs), args[0].plan)
+            if f is torch.cat and args[1:]==(1,) and all(type(o) is cls and o.x is None for o in args[0]): return blend(*f(*args).chunk(2), args[0][0].plan.lam)
+            args,kwargs = map_tensors(lambda o: o.general() if type(o) is cls else o, (args,kwargs or {}))
         return f(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol): return as_plain(self.plan.unmixed(self.x)).__reduce_ex__(protocol)   # a learner may be exported in the middle of a batch
+
+# %% ../nbs/08_inputs.ipynb #3b1f0a05
+def _general_operator(name): return lambda self, *other: getattr(self.general(), name)(*other)
+
+for _o in _comparisons + ['matmul','rmatmul'] + _arithmetic: setattr(StackedParts, f'__{_o}__', _general_operator(f'__{_o}__'))
 
 # %% ../nbs/08_inputs.ipynb #14d0a78a
 class MixedInputs:

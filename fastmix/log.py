@@ -63,7 +63,7 @@ def _decode(dls, xb, yb): return dls.train.decode((*xb, *yb))[:len(xb)] if hasat
 def _first_rows(record, max_n):
     "Two nests like `record.xb`: `max_n` samples before they were mixed, and as the model saw them"
     before = [record.plan.unmixed(x) for x in record.xs]
-    after = [u if isinstance(x, Lookups) else x for x,u in zip(record.inputs.xs, before)]   # integers are mixed where they are looked up
+    after = [u if isinstance(x, (Lookups,StackedParts)) else x for x,u in zip(record.inputs.xs, before)]   # integers are mixed where they are looked up
     return tuple(fill_nest(record.xb, [x[:max_n] for x in xs]) for xs in (before,after))
 
 # %% ../nbs/16_log.ipynb #a4ab7b6b

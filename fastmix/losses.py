@@ -50,7 +50,7 @@ def mix_class_loss(c, plan, pred, y):   # pred (bs, C, ...), y (n, ...)
         f'weight must hold a float for each of the {pred.shape[axis]} classes that the model predicts, but it has shape {tuple(c.weight.shape)}, {c.weight.dtype}')
     w = lam if c.weight is None else lam*c.weight[y]
     n = w.sum() if c.reduction=='mean' else 1
-    u = logp.gather(axis, y).masked_fill(ignored, 0) * (w/-n)   # 0 rather than 0 times -inf
+    u = logp.gather(axis, y).masked_fill(lam==0, 0) * (w/-n)   # 0 rather than 0 times -inf
     u = u.sum(axis, keepdim=True) if c.reduction=='none' else u.sum()
     eps = getattr(c.func, 'eps', c.label_smoothing)
     if eps: u = (1-eps)*u - eps*_smoothing(c, logp, axis, ~ignored, lam/n)

@@ -89,7 +89,8 @@ def _values(metric, learn, found):
     except Exception:   # it needs numbers, as where it calls `item`
         try: each = torch.stack([torch.stack([value(*by_row(lambda o: o[i:i+1], pred, *yb)) for i in range(bs)]) for yb in ybs]).cpu()
         except Exception: return [None]*len(ybs)   # it needs more than one sample
-    return each if each.ndim==2 and torch.allclose(each.double().mean(1), wholes, rtol=1e-5) else [None]*len(ybs)
+    means,tol = each.double().mean(1),max(1e-5, 4*torch.finfo(each.dtype).eps if each.is_floating_point() else 0)
+    return each if means.shape==wholes.shape and torch.allclose(means, wholes, rtol=tol) else [None]*len(ybs)
 
 def _accumulate(metric, learn, yb, weight, values):
     "Accumulate `values`, or the predictions of `learn` with the targets `yb`, and return the sum of their weights"
@@ -100,7 +101,8 @@ def _accumulate(metric, learn, yb, weight, values):
     if not is_mean: metric.accumulate(_WithTargets(learn, yb))
     else:
         weight = weight.cpu()
-        metric.total += torch.as_tensor(metric.func(learn.pred, *yb)).detach().cpu()*n if values is None else torch.where(weight>0, values*weight, 0).sum()
+        if values is None: metric.total += torch.as_tensor(metric.func(learn.pred, *yb)).detach().cpu()*n
+        else: metric.total += torch.where((w := unsqueeze_as(weight, values))>0, values*w, 0).sum(0)
         metric.count += n
     return n
 

@@ -139,12 +139,7 @@ def _highest(height, lam, rng):
     least = [np.partition(row, -n)[-n] if n else np.inf for row,n in zip(rows, counts)]
     return torch.from_numpy((rows >= np.array(least)[:,None]).reshape(height.shape))
 
-def draw_grid_masks(
-    lam:Tensor, # (n,) Fraction of the volume to keep
-    size:tuple, # Shape of the image, signal or volume, d numbers
-    rng:np.random.Generator, # Random generator
-    cells:int=4, # Cells along each side
-) -> Tensor: # (n, *size), bool: paste here?
+def draw_grid_masks(lam, size, rng, cells=4):   # lam (n,) -> (n, *size), bool
     "Draw cells of a grid, the fraction `1-lam` of all ([GridMix](https://doi.org/10.1016/j.patcog.2020.107594))"
     grid = _highest(rng.random((len(lam), *[cells]*len(size))), lam, rng).numpy()
     for d,n in enumerate(size, 1): grid = grid.take(np.arange(n)*cells//n, d)
@@ -170,11 +165,7 @@ def draw_fourier_masks(
     return _highest(torch.fft.irfftn(torch.from_numpy(z), s=size).numpy(), lam, rng)
 
 # %% ../nbs/02_regions.ipynb #5cb7a1d7
-def draw_inner_boxes(
-    scale:Tensor, # (n,) Sides of the box, as a fraction of the image's
-    size:tuple, # Shape of the image, signal or volume, d numbers
-    rng:np.random.Generator, # Random generator
-) -> Tensor: # (n, 2, d), int64: the first corner, and the one just past the box
+def draw_inner_boxes(scale, size, rng):   # scale (n,) -> (n, 2, d), int64
     "Draw boxes that lie within the image, at uniform positions"
     place,nudge = rng.random((2, len(scale), len(size)))
     sides = np.floor(scale.double().numpy()[:,None]*size + nudge)
@@ -244,11 +235,7 @@ def highest_points(
     return torch.stack([(i+.5)/n for i,n in zip(at, saliency.shape[1:])], 1)
 
 # %% ../nbs/02_regions.ipynb #79e305aa
-def boxes_around(
-    centre:Tensor, # (n, d): positions relative to the size, from 0 to 1
-    lam:Tensor, # (n,) Fraction of the volume to keep
-    size:tuple, # Shape of the image, d numbers
-) -> Tensor: # (n, 2, d), int64: the first corner, and the one just past the box
+def boxes_around(centre, lam, size):   # centre (n, d), lam (n,) -> (n, 2, d), int64
     "Boxes with the fraction `1-lam` of the volume around `centre`, clipped"
     half = unsqueeze_as((1-lam) ** (1/len(size)) / 2, centre)
     ends = torch.stack([centre-half, centre+half], 1).clamp(0, 1) * torch.tensor(size, device=centre.device)

@@ -498,3 +498,38 @@ def test_a_bag_whose_rows_have_several_weights():
     x = mix_lookups(Plan.of(torch.arange(4).roll(1), torch.linspace(.5, 1., 4)), torch.randint(0, 9, (4,4)))
     F.embedding_bag(x, w)
     with pytest.raises(TypeError, match='embedding_bag cannot be followed'): F.embedding_bag(x.T, w)
+
+# A table in one pass
+def table_model(): return TabularModel([(5,3),(7,4),(4,2)], n_cont=2, out_sz=3, layers=[8], embed_p=0., bn_cont=False, use_bn=False)
+
+@pytest.mark.parametrize('mixer', [MixUp(1.), MixUp(1., per_batch=True), MixUp(1., p=.5), OneOf(MixUp(1.), None, per_batch=False), MixUp(1., k=3)], ids=repr)
+def test_a_table_in_one_pass(mixer):
+    "Values and gradients are those of vectors that are looked up for each part and mixed"
+    torch.manual_seed(0)
+    model,cats,nums = table_model(),torch.stack([torch.randint(c, (16,)) for c in (5,7,4)], 1),torch.randn(16, 2)
+    plan = mixer.draw((cats,nums))
+    inputs = MixedInputs(plan, (cats,nums), model)
+    assert type(inputs.xs[0]) is (StackedParts if plan.k==2 else Lookups) and inputs.xs[0].shape==cats.shape and len(inputs.xs[0])==16
+    out = model(*inputs.xs)
+    rows = torch.cat([e(cats[:,i]) for i,e in enumerate(model.embeds)], 1)
+    want = model.layers(torch.cat([sum(w[:,None]*rows[j] for w,j in zip(plan.sample_weights.T, plan.pairs.T)), plan.mix(nums)], 1))
+    assert_close(out, want)
+    g,ps = torch.randn(16, 3),list(model.parameters())
+    for a,b in zip(torch.autograd.grad(out, ps, g), torch.autograd.grad(want, ps, g)): assert_close(a, b)
+
+def test_a_table_whose_embeddings_are_watched():
+    "Hooks, other operations and another `forward` get `Lookups`"
+    model,cats,nums,plan = table_model(),torch.randint(4, (8,3)),torch.randn(8, 2),Plan.of(torch.arange(8).roll(1), torch.rand(8))
+    plain = MixedInputs(plan, (cats,nums), model).xs
+    want = model(*plain)
+    assert isinstance(plain[0][:,:2], Lookups) and isinstance(plain[0].flip(1), Lookups) and pickle.loads(pickle.dumps(plain[0])).equal(cats)
+    seen = []
+    model.embeds[1].register_forward_hook(lambda m, args, out: seen.append(out))
+    watched = MixedInputs(plan, (cats,nums), model).xs
+    assert isinstance(watched[0], Lookups)
+    assert_close(model(*watched), want)
+    assert_close(seen[0], plan.mix(model.embeds[1](cats[:,1])))
+    class Twice(TabularModel):
+        def forward(self, x_cat, x_cont): return 2*super().forward(x_cat, x_cont)
+    model.__class__ = Twice
+    assert isinstance(MixedInputs(plan, (cats,nums), model).xs[0], Lookups)

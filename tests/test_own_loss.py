@@ -655,7 +655,22 @@ def test_a_label_that_is_ignored_in_later_batches_only():
     ignored[5] = 7
     loss(p, many, plan=plan_of(16))
     with pytest.raises(ValueError, match='cannot be mixed sample by sample'):
-        for _ in range(8): loss(p, ignored, plan=plan_of(16))
+        for _ in range(4): loss(p, ignored, plan=plan_of(16))
+    half = MixLoss(Ignores())
+    half(p[:8], many[:8], plan=plan_of(8))
+    with pytest.raises(ValueError, match='cannot be mixed sample by sample'):
+        for _ in range(4): half(p[:8], ignored[:8], plan=plan_of(8))
+
+def test_weights_that_come_later_with_one_lam():
+    class Weighted(Ignores):
+        w = None
+        def forward(self, p, y): return super().forward(p, y) if self.w is None else (F.cross_entropy(p, y, reduction='none')*self.w).mean()
+    own,p = Weighted(),torch.randn(6, 4)
+    loss = MixLoss(own)
+    loss(p, y, plan=swap)
+    own.w = torch.rand(6)
+    with pytest.raises(ValueError, match='in another order'):
+        for _ in range(4): loss(p, y, plan=swap)
 
 class Changes(nn.Module):
     "From its third batch on, it does something else"
@@ -682,11 +697,49 @@ def of_the_batch(p, y, reduction='mean'):
     u = F.cross_entropy(p, y, reduction='none')
     return u.square().mean().sqrt() if reduction=='mean' else u
 
-@pytest.mark.parametrize('later,message', [(writes,'as it did not in earlier batches'),(of_the_batch,'cannot be mixed sample by sample')])
-def test_a_loss_that_changes(later, message):
-    loss,p = MixLoss(Changes(later)),torch.randn(16, 8)
-    for _ in range(2): torch.testing.assert_close(loss(p, many, plan=plan_of(16)), mixed_many(p))
-    with pytest.raises(ValueError, match=message): loss(p, many, plan=plan_of(16))
+def test_a_loss_that_changes():
+    "It begins to write into its predictions, which is seen in time; or to depend on the batch, which is refused"
+    for later in writes,of_the_batch:
+        loss,p = MixLoss(Changes(later)),torch.randn(16, 8)
+        for _ in range(2): torch.testing.assert_close(loss(p, many, plan=plan_of(16)), mixed_many(p))
+        if later is writes: torch.testing.assert_close(loss(p, many, plan=plan_of(16)), mixed_many(2*p))
+        else:
+            with pytest.raises(ValueError, match='cannot be mixed sample by sample'): loss(p, many, plan=plan_of(16))
+
+# Each of these changes what it is called with, by ways that PyTorch does not count
+def by_item(p, y, reduction='mean'):
+    p['logits'] = 2*p['logits']
+    return F.cross_entropy(p['logits'], y, reduction=reduction)
+
+def by_data(p, y, reduction='mean'):
+    p['logits'].data.mul_(2)
+    return F.cross_entropy(p['logits'], y, reduction=reduction)
+
+def by_numpy(p, y, reduction='mean'):
+    p['logits'].detach().numpy()[:] *= 2
+    return F.cross_entropy(p['logits'], y, reduction=reduction)
+
+def by_hook(p, y, reduction='mean'):
+    p['logits'].register_hook(lambda g: 2*g)
+    return F.cross_entropy(p['logits'], y, reduction=reduction)
+
+def by_attribute(p, y, reduction='mean'):
+    if not hasattr(p['logits'], 'margin'): p['logits'].margin = F.one_hot(y, 8)
+    return F.cross_entropy(p['logits']-p['logits'].margin, y, reduction=reduction)
+
+@pytest.mark.parametrize('per_batch', [False, True])
+changes = [(by_item, lambda p,y: ce(2*p, y)), (by_data, None), (by_numpy, None), (by_hook, ce), (by_attribute, lambda p,y: ce(p-F.one_hot(y, 8), y))]
+@pytest.mark.parametrize('f,u', changes)
+def test_changes_that_are_not_counted(f, u, per_batch):
+    loss,p,plan = MixLoss(f),torch.randn(16, 8, requires_grad=True),plan_of(16)
+    if per_batch: plan = Plan.of(plan.idx, torch.tensor([.7]))
+    def mean(u): return (plan.lam*u(p, many) + (1-plan.lam)*u(p, many[plan.idx])).mean()
+    want = mean(u or (lambda p,y: ce(2*p, y)))
+    grad, = torch.autograd.grad(want if u else mean(lambda p,y: ce(2*p.detach() + (p-p.detach()), y)), p)   # a gradient does not see such a factor
+    for _ in range(6):
+        got = loss({'logits': p*1}, many, plan=plan)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(torch.autograd.grad(got, p)[0], 2*grad if f is by_hook else grad)
 
 def mixed_many(p, u=ce):
     plan = plan_of(16)

@@ -239,8 +239,8 @@ def an_mlp(**kwargs):
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
     return Learner(noise_dls(numbers(1, 28, 28), classes(10)), model, CrossEntropyLossFlat(), **kwargs)
 
-def a_text(cbs=(), bs=32, length=72, n=1, sizes=None, **kwargs):
-    model = get_text_classifier(AWD_LSTM, 1000, 4, seq_len=length, config=awd_lstm_clas_config | (sizes or {}))
+def a_text(cbs=(), bs=32, length=72, n=1, **kwargs):
+    model = get_text_classifier(AWD_LSTM, 1000, 4, seq_len=length, config=awd_lstm_clas_config | dict(emb_sz=64, n_hid=64, n_layers=2))
     return Learner(noise_dls(_texts(length), classes(4), bs=bs, n=n), model, CrossEntropyLossFlat(), cbs=[*L(cbs),*rnn_cbs()], **kwargs)
 
 # %% ../../nbs/33_bench.ipynb #33b30009
@@ -319,7 +319,7 @@ def tutorial_learners() -> dict: # Page: function that makes its learner, with a
         dls = noise_dls(numbers(3, 32, 32), classes(2, 32, 32), bs=32, n=2)
         return dls,create_unet_model(resnet18, 2, (32,32), pretrained=False),ce(axis=1)
     made = dict(Quickstart=images, Tables=patients, Regression=numbers_only, Masks=masks)
-    text = partial(a_text, bs=64, length=48, n=4, sizes=dict(emb_sz=64, n_hid=64, n_layers=2))
+    text = partial(a_text, bs=64, length=48, n=4)
     return {page: lambda f=f, **kwargs: Learner(*f(), **kwargs) for page,f in made.items()} | {'Texts': text, 'Two targets': two_heads, 'Partners': an_mlp}
 
 # %% ../../nbs/33_bench.ipynb #33b30018

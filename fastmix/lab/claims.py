@@ -233,7 +233,7 @@ def variant_claims(
 ) -> list: # `Claim`s
     "Claims about Remix and RegMixup"
     rare = {'': best_runs(runs_of(folder, 'imbalance'), ['alpha','lr'])}
-    beside = best_of_each(folder, 'regmixup', 'network', _nets, 'lr') | {'a residual network': runs_of(folder, 'regmixup_residual')}
+    beside = best_of_each(folder, 'regmixup', 'network', _nets, 'lr') | {'a residual network': runs_of(folder, 'regmixup_residual', width=16)}
     def remix(text, *args, short='', y='error'): return Claim(text, '', 'imbalance', 'lower', [f._replace(text=f.text[2:]) for f in findings(rare, y, *args)], short)
     def reg(text, y, *args, want='lower', short=''): return Claim(text, '', 'regmixup', want, findings(beside, y, *args), short)
     return [remix('Where classes are imbalanced, the error is lower with mixup (%)', 'MixUp'), remix('… with Remix', 'Remix', short='imbalanced classes: fewer errors with Remix'),
