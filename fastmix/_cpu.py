@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 
-import numpy as np, torch, torch.nn.functional as F
+import numpy as np, torch
 from torch import Tensor
 
 from .core import *
@@ -57,7 +57,7 @@ def _shaped(rows, x):
     return res
 
 # %% ../nbs/01a_cpu.ipynb #829a2bfa
-def _blend_wide(x, pairs, weights, in_order):
+def _blend_wide(x, pairs, weights):
     res = _reuse_memory(x, len(pairs))
     for out,js,ws in zip(res.unbind(), pairs.tolist(), weights.expand(pairs.shape).tolist()):
         if len(js)==2: torch.lerp(x[js[1]], x[js[0]], ws[0], out=out)
@@ -66,22 +66,21 @@ def _blend_wide(x, pairs, weights, in_order):
             for j,w in zip(js[1:], ws[1:]): out.add_(x[j], alpha=w)
     return res
 
-def _blend_narrow(x, pairs, weights, in_order):
-    if x.dtype is torch.float32 and pairs.shape[1]==2:
-        return x.index_select(0, pairs[:,1]).lerp_(without_partners(x, pairs, in_order), weights[:,:1].to(x.dtype))
+def _blend_narrow(x, pairs, weights):
     w = weights.expand(pairs.shape)
     if x.element_size()<4: pairs,w = pairs.repeat(1, 2),torch.cat([w, w-w.to(x.dtype)], 1)
-    return F.embedding_bag(pairs, x, per_sample_weights=w.to(x.dtype), mode='sum')
+    starts = torch.arange(0, pairs.numel(), pairs.shape[1])
+    return torch.embedding_bag(x, pairs.flatten(), starts, mode=0, per_sample_weights=w.to(x.dtype).flatten())[0]   # `F.embedding_bag` checks more
 
 # %% ../nbs/01a_cpu.ipynb #27c14d9c
-def fast_blend(x, pairs, weights, in_order=False):
+def fast_blend(x, pairs, weights):
     "As `blend_rows`, without gathering the partners first; None where it does not apply"
     if x.dtype not in (torch.float32,torch.bfloat16,torch.float16): return None
     rows = _memory_rows(x, x.requires_grad or weights.requires_grad)
     if rows is None: return None
     is_wide = x.nbytes>=2**17*x.shape[0] and (pairs.shape[1]==2 or x.dtype==torch.float32)   # half precision would be rounded at each addition
     f = _blend_wide if is_wide else _blend_narrow
-    return _shaped(f(rows, pairs, weights, in_order), x)
+    return _shaped(f(rows, pairs, weights), x)
 
 # %% ../nbs/01a_cpu.ipynb #969d3386
 def new_memory(x, bs):

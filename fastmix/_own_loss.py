@@ -292,7 +292,7 @@ def _try_part(calls, ybs, n):
     "Call the loss for a part of the samples, which differs with `n`. Does it write into `pred`? And a function: do unreduced values give the same?"
     loss_func,bs,k = calls.loss_func,len(ybs[0][0]),len(ybs)
     is_large = sum(o.numel() for o in tensors_in(calls.pred))>2**18
-    at = torch.arange(max(2, bs//8) if is_large else (bs+1)//2, device=ybs[0][0].device)
+    at = torch.arange((bs+7)//8 if is_large else (bs+1)//2, device=ybs[0][0].device)
     rows,part = (at + n*len(at))%bs,(at + n*len(at)//bs)%k
     try:
         pred = map_tensors(lambda o: o[rows] if o.ndim and len(o)==bs else o, calls.pred)

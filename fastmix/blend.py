@@ -45,5 +45,5 @@ def blend_rows(
     in_order:bool=True, # Does the first column of `pairs` hold 0 to bs-1, in order?
 ) -> Tensor: # (bs, ...), new memory, of `x`'s class, dtype and memory format
     "The weighted mean of each sample and its partners"
-    res = fast_blend(x, pairs, weights, in_order)
+    res = fast_blend(x, pairs, weights)
     return _blend_gathered(x, pairs, weights, in_order) if res is None else res

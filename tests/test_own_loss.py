@@ -727,8 +727,9 @@ def by_attribute(p, y, reduction='mean'):
     if not hasattr(p['logits'], 'margin'): p['logits'].margin = F.one_hot(y, 8)
     return F.cross_entropy(p['logits']-p['logits'].margin, y, reduction=reduction)
 
-@pytest.mark.parametrize('per_batch', [False, True])
 changes = [(by_item, lambda p,y: ce(2*p, y)), (by_data, None), (by_numpy, None), (by_hook, ce), (by_attribute, lambda p,y: ce(p-F.one_hot(y, 8), y))]
+
+@pytest.mark.parametrize('per_batch', [False, True])
 @pytest.mark.parametrize('f,u', changes)
 def test_changes_that_are_not_counted(f, u, per_batch):
     loss,p,plan = MixLoss(f),torch.randn(16, 8, requires_grad=True),plan_of(16)
