@@ -291,7 +291,7 @@ def _compare_calls(loss_func, pred, rows, k, ybs):
 def _try_part(calls, ybs, n):
     "Call the loss for a part of the samples, which differs with `n`. Does it write into `pred`? And a function: do unreduced values give the same?"
     loss_func,bs,k = calls.loss_func,len(ybs[0][0]),len(ybs)
-    is_large = sum(o.numel() for o in tensors_in(calls.pred))>2**18
+    is_large = any(isinstance(o, Tensor) and o.numel()>2**18 for o in tensors_in(calls.pred))
     at = torch.arange((bs+7)//8 if is_large else (bs+1)//2, device=ybs[0][0].device)
     rows,part = (at + n*len(at))%bs,(at + n*len(at)//bs)%k
     try:
@@ -321,7 +321,7 @@ def mix_own(calls, weights, ybs, check=True):
     test = known.n%(32 if by_sample else 4)==0
     if test and check: check_mixable(calls, weights, ybs)
     writes,agrees = _try_part(calls, ybs, known.n) if check and not test and by_sample else (known.writes,None)
-    calls.copies = test or writes or known.writes
+    calls.copies = test or not by_sample or writes or known.writes
     res = mix_values(calls, weights, ybs, test, agrees)
     known.n,known.writes = known.n+1,known.writes or writes or calls.writes
     return res

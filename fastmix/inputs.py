@@ -151,7 +151,8 @@ def _mix(f, args, x, found, weights):
         weights = weights[...,0]
     if name=='one_hot': _check_no_label(x)
     if name=='getitem' and args[1] is not x or res.shape[:weights.ndim-1]!=weights.shape[1:]: raise _refusal(f)
-    mixed = sum(w[(..., *[None]*(o.ndim-w.ndim))].to(dtype)*o.to(dtype) for o,w in zip(found, weights))
+    found,weights = [o.to(dtype) for o in found],[w[(..., *[None]*(res.ndim-w.ndim))].to(dtype) for w in weights]
+    mixed = torch.lerp(found[1], found[0], weights[0]) if len(found)==2 else sum(w*o for o,w in zip(found, weights))
     return mixed.to(res.dtype) if res.is_floating_point() else mixed.as_subclass(OneHot)
 
 # %% ../nbs/08_inputs.ipynb #b1e12710
@@ -186,13 +187,16 @@ def is_padding(x, pads):
     return found if found.equal(before | after) and not before.all(-1).any() else nowhere
 
 # %% ../nbs/08_inputs.ipynb #f4d41dce
+def _weights_of(plan, x, pads):   # (k, bs, 1...), and (k, bs, ...)
+    "The weight of each part, and where it has a weight and is not padding"
+    weights = plan.sample_weights.T[(..., *[None]*(x.ndim-1))]
+    return weights,(weights>0) & ~plan.gather(is_padding(as_plain(x), pads)).transpose(0, 1)
+
 def mix_lookups(plan, x, pads=(), ys=()):   # x (n, ...) -> (bs, ...)
     "The integers `x`, as mixtures by `plan`, padded where all of their parts are"
-    parts = plan.gather(as_plain(x)).transpose(0, 1)   # (k, bs, ...)
-    weights = plan.sample_weights.T
-    weights = weights.view(*weights.shape, *[1]*(x.ndim-1)).expand(parts.shape)
-    valid = (weights>0) & ~plan.gather(is_padding(as_plain(x), pads)).transpose(0, 1)
-    values = parts.gather(0, (valid.long() + (weights>0)).argmax(0, keepdim=True))[0]
+    parts,(weights,valid) = plan.gather(as_plain(x)).transpose(0, 1),_weights_of(plan, x, pads)
+    weights = weights.expand(parts.shape)
+    values = parts[0].contiguous() if valid[0].all() else parts.gather(0, (valid.long() + (weights>0)).argmax(0, keepdim=True))[0]
     at = torch.arange(values.numel(), device=x.device).view(values.shape)
     labels = tuple([plan.unmixed(y).flatten() for y in ys if y.numel()==len(y)==plan.n and not y.is_floating_point()])
     return Lookups(values, at, Mixtures(parts.flatten(1), weights.flatten(1), valid.flatten(1), labels, set()))
@@ -203,8 +207,8 @@ def sort_by_padding(plan, xb, model):
     texts = [x for x in xb if is_categorical(x) and plan.is_blended(x)]
     pads = paddings(model) if texts and not isinstance(model, TabularModel) else []
     if not pads: return plan
-    valid = mix_lookups(plan, max(texts, key=Tensor.numel), pads).mixtures.valid.any(0)
-    return plan.take(valid.view(len(plan.pairs), -1).sum(1).argsort(descending=True, stable=True))
+    n = _weights_of(plan, max(texts, key=Tensor.numel), pads)[1].any(0).flatten(1).sum(1)
+    return plan if (n==n[0]).all() else plan.take(n.argsort(descending=True, stable=True))
 
 # %% ../nbs/08_inputs.ipynb #3b1f0a02
 class StackedParts(Tensor):

@@ -177,7 +177,7 @@ def plot_costs(
         drawn = ax.barh(bars.index, bars, color=['C0' if o.startswith('fastmix') else '.75' for o in bars.index])
         ax.bar_label(drawn, fmt='{:.2g}', padding=3)
         ax.axvline(floor, color='k', ls=':', label='floor')
-        ax.set(title=size, xlabel='added to a batch, ms', xlim=(0, 1.15*bars.max()))
+        ax.set(title=size, xlabel='added to a batch, ms', xlim=(0, 1.2*bars.max()))
     fig.axes[0].legend()
     return fig
 
