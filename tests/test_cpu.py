@@ -100,3 +100,10 @@ def test_where_there_is_no_fast_way():
     wide = torch.rand(3, 8, dtype=torch.complex128)
     for o in x[:0], wide, x.to('meta'), x.clone().requires_grad_(): assert fast_paste(o, pairs, [(...,slice(0, 2))]*3) is None
     with torch.no_grad(): assert fast_blend(x.clone().requires_grad_(), pairs, weights) is not None
+
+def test_a_single_sample_with_any_stride():
+    "It is contiguous whatever its first stride, but the rows of two mixtures of it must not overlap"
+    x = torch.randn(7, 1, 3).transpose(0, 1)
+    for o in x, torch.randn(4, 7, 3)[::2][:1]:
+        twice = Plan(torch.zeros(2, 2, dtype=torch.long), torch.tensor([[1.,0.],[.5,.5]]), n=1).mix(o)
+        assert twice.equal(o.expand(2, -1, -1))

@@ -735,3 +735,11 @@ def test_a_class_instead_of_a_loss():
 def test_class_weights_that_do_not_fit(weight):
     plan = Plan.of(torch.tensor([1,0]), torch.tensor([.6,.7]))
     with pytest.raises(ValueError, match='weight must hold a float for each of the 4 classes'): MixLoss(nn.CrossEntropyLoss(weight=weight))(torch.randn(2, 4), torch.tensor([0,2]), plan=plan)
+
+@pytest.mark.parametrize('reduction', ['mean', 'sum', 'none'])
+def test_a_class_without_weight_may_be_impossible(reduction):
+    "A logit of -inf at the class of a partner that has no weight"
+    pred,y,plan = torch.randn(3, 4),torch.tensor([0,1,2]),Plan.of(torch.tensor([1,2,0]), torch.ones(3))
+    pred[0,1] = pred[1,2] = -torch.inf
+    f = nn.CrossEntropyLoss(reduction=reduction)
+    assert_close(MixLoss(f)(pred, y, plan=plan), f(pred, y))

@@ -1,5 +1,6 @@
 "Metrics of mixed training batches, the clean loss, and calibration, each against a reference of its own"
 import re
+from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixUp as FastaiMixUp
@@ -7,7 +8,7 @@ from fastai.callback.rnn import RNNCallback
 from fastai.data.block import CategoryBlock
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 from fastai.losses import BaseLoss
-from fastai.metrics import AvgMetric, F1Score, F1ScoreMulti, accuracy, accuracy_multi, foreground_acc, mse, rmse
+from fastai.metrics import AvgMetric, F1Score, F1ScoreMulti, accuracy, accuracy_multi, error_rate, foreground_acc, mse, rmse
 from fastai.tabular.all import Categorify, TabularDataLoaders, tabular_learner
 from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_clas_config
 from fastai.text.models.core import get_text_classifier
@@ -16,10 +17,12 @@ from sklearn.metrics import f1_score
 from torch import nn
 from torch.testing import assert_close
 from torchmetrics import CalibrationError as TorchCalibration
-from fastmix.losses import ClassBCELoss, MultiLoss
+from fastmix.batch import MixedBatch
+from fastmix.losses import ClassBCELoss, MixLoss, MultiLoss
 from fastmix.metrics import CalibrationError, CleanLoss, MixMetric, calibration_bins
 from fastmix.mixers import CutMix, MixUp, OneOf
 from fastmix.partners import SecondLoader
+from fastmix.plan import Plan
 from helpers import class_dls, mk_dls, mk_learn, name_of, quiet_fit, Record
 
 def train(dls, metrics, mixer, model=None, loss_func=None, n_epoch=1, cbs=(), lr=0.):
@@ -47,6 +50,24 @@ def test_mean_over_samples(mixer):
     assert got['train_mix_accuracy']==mean_accuracy(batches, 60)
     preds,targs = learn.get_preds()
     assert got['valid_mix_accuracy']==pytest.approx(accuracy(preds, targs).item())==learn.validate()[1]
+
+def item_accuracy(pred, y): return (pred.argmax(1)==y).float().mean().item()
+def half_accuracy(pred, y): return (pred.argmax(1)==y).bfloat16().mean()
+
+@pytest.mark.parametrize('metric', [item_accuracy, half_accuracy], ids=name_of)
+def test_metrics_that_read_numbers_or_round(metric):
+    got,batches,_ = train(class_dls(n=60, drop_last=False), [MixMetric(metric)], MixUp(1.))
+    assert got[f'train_mix_{metric.__name__}']==mean_accuracy(batches, 60)
+
+def test_several_means_in_one_metric():
+    y,plan = torch.arange(8)%4,Plan.of(torch.arange(8).roll(1), torch.linspace(.5, 1., 8))
+    pred,mixer = torch.randn(8, 4),MixUp(1.)
+    mixer.record = MixedBatch((), (y,), (), (y,), plan, plan, None, MixLoss(nn.CrossEntropyLoss(), plan, (y,)))
+    metric = MixMetric(lambda p,y: torch.stack([accuracy(p, y), error_rate(p, y)]))
+    metric.reset()
+    metric.accumulate(SimpleNamespace(training=True, cbs=[mixer], pred=pred, yb=(y,)))
+    want = mean_accuracy([dict(plan=plan, pred=pred, yb=(y,))], 8)
+    assert metric.value[0]==want and 1-metric.value[1]==want
 
 def test_without_a_mixer_it_is_the_metric_itself():
     got,_,_ = train(class_dls(n=64, drop_last=False), [MixMetric(accuracy)], None)
