@@ -25,7 +25,8 @@ from ._loss_config import *
 from .core import *
 
 # %% auto #0
-__all__ = ['LossState', 'LossCalls', 'check_depends', 'per_sample', 'call_for_each', 'mix_values', 'check_mixable', 'mix_own']
+__all__ = ['LossState', 'LossCalls', 'check_depends', 'per_sample', 'call_for_each', 'mix_values', 'check_mixable',
+           'forget_losses', 'mix_own']
 
 # %% ../nbs/06a_own_loss.ipynb #161b78e0
 _internals = {*vars(nn.Module())} - {'training'}
@@ -209,8 +210,8 @@ def _reduce(loss_func, us, weights):
     reduction,u = loss_option(loss_func, 'reduction'),_weighted_sum(us, [per_sample(w, u) for w in weights.unbind(1)])
     return u if reduction=='none' else getattr(u, reduction)()
 
-def _agree(loss_func, us, weight, got, want):
-    size,tol = _reduce(loss_func, [u.abs() for u in us], weight),max(1e-5, 4*torch.finfo(want.dtype).eps)
+def _agree(loss_func, us, weight, got, want, slack=4):
+    size,tol = _reduce(loss_func, [u.abs() for u in us], weight),max(1e-5, slack*torch.finfo(want.dtype).eps)
     return torch.allclose(got, want.to(got.dtype), rtol=tol, atol=tol*size.max().item(), equal_nan=True)
 
 # %% ../nbs/06a_own_loss.ipynb #fc151d3c
@@ -247,14 +248,14 @@ def _try(loss_func, f, pred, ybs):
 
 # %% ../nbs/06a_own_loss.ipynb #38571ea6
 def _flip(o, dim=0):
-    res = o.flip(dim)
+    res = o.flip(dim) if o.ndim else o.clone()
     vars(res).update({k: _flip(v) if isinstance(v, Tensor) and v.ndim and len(v)==len(o) else v for k,v in vars(o).items()})
     return res
 
 def _check_order(loss_func, pred, yb, want):
     "A `ValueError` if the loss differs from `want` for the same samples in another order"
-    if any(not isinstance(o, Tensor) or not o.ndim or len(o)!=len(yb[0]) for o in tensors_in((pred,yb))): return
-    dims = (1,0) if all(o.shape[1:2]==o.shape[:1] for o in tensors_in(pred)) else (0,)   # time may be first, and as long as the batch
+    if any(isinstance(o, Tensor) and o.ndim and len(o)!=len(yb[0]) for o in tensors_in((pred,yb))): return
+    dims = (1,0) if all(o.shape[1:2]==o.shape[:1] for o in tensors_in(pred) if isinstance(o, Tensor)) else (0,)   # time may be first, and as long as the batch
     for dim in dims:
         got = _try(loss_func, loss_func, map_tensors(partial(_flip, dim=dim), pred), [map_tensors(_flip, yb)])[0][0]
         if got.shape!=() or torch.allclose(got, want, rtol=max(1e-4, 4*torch.finfo(want.dtype).eps), atol=1e-5, equal_nan=True): return
@@ -293,7 +294,8 @@ def _try_part(calls, ybs, n):
     loss_func,bs,k = calls.loss_func,len(ybs[0][0]),len(ybs)
     is_large = any(isinstance(o, Tensor) and o.numel()>2**18 for o in tensors_in(calls.pred))
     at = torch.arange((bs+7)//8 if is_large else (bs+1)//2, device=ybs[0][0].device)
-    rows,part = (at + n*len(at))%bs,(at + n*len(at)//bs)%k
+    passes,rows = (at + n*len(at))//bs,(at + n*len(at))%bs
+    part = (rows+passes)%k   # so that each sample is tested with each of its targets
     try:
         pred = map_tensors(lambda o: o[rows] if o.ndim and len(o)==bs else o, calls.pred)
         (want,),_,writes = _try(loss_func, loss_func, pred, [tuple(torch.stack([y[rows] for y in ys])[part,at] for ys in zip(*ybs))])
@@ -302,26 +304,31 @@ def _try_part(calls, ybs, n):
         weight = torch.eye(k, device=at.device)[part]
         try: us = [u.detach().view(bs, len(u)//bs, *u.shape[1:])[rows].flatten(0, 1) for u in us]
         except Exception: return False
-        return _agree(loss_func, us, weight, _reduce(loss_func, us, weight), want)
+        return _agree(loss_func, us, weight, _reduce(loss_func, us, weight), want, 1)
     return writes,agrees
 
 # %% ../nbs/06a_own_loss.ipynb #e7effa8c
 _known = weakref.WeakKeyDictionary()
 
-def _known_of(calls, weights, ybs):
-    kind = len(weights)==1,len(ybs),loss_option(calls.loss_func, 'reduction'),*((o.dtype,o.ndim) for o in tensors_in((calls.pred,ybs[0])) if isinstance(o, Tensor))
+def forget_losses():
+    "Test all losses in their next batch, as at the beginning of a fit"
+    _known.clear()
+
+def _known_of(calls, weights, ybs, i):
+    kind = i,len(weights)==1,len(ybs),loss_option(calls.loss_func, 'reduction'),*((o.dtype,o.ndim) for o in tensors_in((calls.pred,ybs[0])) if isinstance(o, Tensor))
     new = SimpleNamespace(n=0, writes=False)
     try: return _known.setdefault(calls.loss_func, {}).setdefault(kind, new)
     except TypeError: return new   # a loss without weak references, or an option that is no key
 
-def mix_own(calls, weights, ybs, check=True):
+def mix_own(calls, weights, ybs, check=True, i=0):   # i: which loss of a `MultiLoss`
     "The mixed value of a loss of your own; a `ValueError` where it cannot be mixed"
-    known = _known_of(calls, weights, ybs)
+    known = _known_of(calls, weights, ybs, i)
     by_sample = len(weights)>1 and is_separable(calls.loss_func)
     test = known.n%(32 if by_sample else 4)==0
     if test and check: check_mixable(calls, weights, ybs)
     writes,agrees = _try_part(calls, ybs, known.n) if check and not test and by_sample else (known.writes,None)
     calls.copies = test or not by_sample or writes or known.writes
-    res = mix_values(calls, weights, ybs, test, agrees)
-    known.n,known.writes = known.n+1,known.writes or writes or calls.writes
+    try: res = mix_values(calls, weights, ybs, test, agrees)
+    finally: known.writes = known.writes or writes or calls.writes
+    known.n += 1
     return res

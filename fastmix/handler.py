@@ -13,6 +13,7 @@ from fastai.basics import *
 from fastai.callback import mixup as fastai_mixup
 
 from ._cpu import release_memory
+from ._own_loss import forget_losses
 from ._loss_config import is_separable, mixes_losses
 from .batch import *
 from .core import *
@@ -55,6 +56,7 @@ class MixHandler(Mixer, Callback):
         self.learn.loss_func = unmixed_loss(self.learn.loss_func)
         if self.record: self.record.inputs.close()
         _check_learner(self)
+        forget_losses()
         check_types(self.learn.dls.train)
         self.set_rng(private_rng())
         if self.second_loader: self.partners.begin_fit(self.learn.dls.train, self.rng)

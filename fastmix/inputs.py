@@ -159,7 +159,7 @@ def _mix(f, args, x, found, weights):
 def is_table_model(model):
     "Is it fastai's `TabularModel`, with embeddings that do nothing else?"
     if getattr(type(model), 'forward', None) is not TabularModel.forward or is_compiled(model) or _has_any_global_hook(): return False
-    return all(type(o).forward is nn.Embedding.forward and not (o.scale_grad_by_freq or is_compiled(o)
+    return all(type(o).forward is nn.Embedding.forward and not ('forward' in vars(o) or o.scale_grad_by_freq or is_compiled(o)
         or o._forward_hooks or o._forward_pre_hooks or o._backward_hooks or o._backward_pre_hooks) for o in model.embeds)
 
 def is_compiled(m:nn.Module): return isinstance(m, OptimizedModule) or m._compiled_call_impl is not None   # by torch.compile(m), by m.compile()
@@ -215,21 +215,21 @@ class StackedParts(Tensor):
     "Categories of a table. Its columns, and what is looked up with them, have the rows of the samples, and below them those of their partners"
     @classmethod
     def of(cls, plan, x):
-        columns = plan.gather(as_plain(x)).permute(2, 1, 0).flatten(1).unbind()
-        return cls.made(as_plain(plan.unmixed(x)), plan, x, columns=[cls.made(o, plan, x, i) for i,o in enumerate(columns)])
+        cache,columns = [],plan.gather(as_plain(x)).permute(2, 1, 0).flatten(1).unbind()
+        columns = [cls.made(o, plan, x, i, cache) for i,o in enumerate(columns)]
+        nothing = torch.full_like(as_plain(plan.unmixed(x)), torch.iinfo(x.dtype).max)   # read without this class, it holds no category
+        return cls.made(nothing, plan, x, None, cache, columns)
 
     @classmethod
-    def made(cls, o, plan, x=None, i=None, columns=None):
+    def made(cls, o, plan, x=None, i=None, cache=None, columns=None):
         res = o.as_subclass(cls)
-        res.plan,res.x,res.i,res.columns = plan,x,i,columns
+        res.plan,res.x,res.i,res.cache,res.columns = plan,x,i,cache,columns
         return res
 
     def general(self):
-        "What any other operation gets: `Lookups`, or what was looked up, mixed"
-        with torch._C.DisableTorchFunctionSubclass():
-            if self.x is None: return blend(*self.chunk(2), self.plan.lam)
-        res = mix_lookups(self.plan, self.x)
-        return res if self.i is None else res[:,self.i]
+        "The `Lookups` that any other operation gets"
+        if not self.cache: self.cache.append(mix_lookups(self.plan, self.x))
+        return self.cache[0] if self.i is None else self.cache[0][:,self.i]
 
     def __getitem__(self, key):
         is_column = self.columns and type(key) is tuple and len(key)==2 and key[0]==slice(None) and type(key[1]) is int
@@ -240,10 +240,12 @@ class StackedParts(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if f is F.embedding and args[0].i is not None: return cls.made(f(*args, **kwargs), args[0].plan)
             if f is torch.cat and args[1:]==(1,) and all(type(o) is cls and o.x is None for o in args[0]): return blend(*f(*args).chunk(2), args[0][0].plan.lam)
-            args,kwargs = map_tensors(lambda o: o.general() if type(o) is cls else o, (args,kwargs or {}))
+            if any(type(o) is cls and o.x is None for o in tensors_in((args,kwargs or {}))): raise _refusal(f)
+        args,kwargs = map_tensors(lambda o: o.general() if type(o) is cls else o, (args,kwargs or {}))
         return f(*args, **kwargs)
 
-    def __reduce_ex__(self, protocol): return as_plain(self.plan.unmixed(self.x)).__reduce_ex__(protocol)   # a learner may be exported in the middle of a batch
+    def __reduce_ex__(self, protocol):   # a learner may be exported in the middle of a batch
+        with torch._C.DisableTorchFunctionSubclass(): return self.detach().as_subclass(Tensor).clone().__reduce_ex__(protocol)
 
 # %% ../nbs/08_inputs.ipynb #3b1f0a05
 def _general_operator(name): return lambda self, *other: getattr(self.general(), name)(*other)
@@ -263,7 +265,7 @@ class MixedInputs:
         for x in xs: self.xs.append(self.integers(plan, x, model, ys) if is_categorical(x) and plan.is_blended(x) else plan.mix(x))
 
     def integers(self, plan, x, model, ys):
-        return StackedParts.of(plan, x) if x.ndim==plan.k==2 and is_table_model(model) else mix_lookups(plan, x, paddings(model), ys)
+        return StackedParts.of(plan, x) if x.ndim==plan.k==2 and x.element_size()>2 and is_table_model(model) else mix_lookups(plan, x, paddings(model), ys)
 
     def check(self):
         "After the model: an error if it has not mixed its inputs as it should, or has compared parts that only look padded"

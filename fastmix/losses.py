@@ -123,7 +123,7 @@ def targets_of_parts(plan, yb, mixed):
     return list(zip(*(plan.gather(y).unbind(1) if m else [y]*plan.pairs.shape[1] for y,m in zip(yb, mixed))))
 
 # %% ../nbs/07_losses.ipynb #1e7438d5
-def _mix_losses(loss_func, plan, pred, yb, mixed=None, check=True, y_int=None):
+def _mix_losses(loss_func, plan, pred, yb, mixed=None, check=True, y_int=None, i=0):
     "The weighted mean of the losses on a sample's targets: sample by sample, or of reduced losses where the batch has one λ"
     mixed = mixed or [True]*len(yb)
     multi = as_multi(loss_func)
@@ -131,16 +131,16 @@ def _mix_losses(loss_func, plan, pred, yb, mixed=None, check=True, y_int=None):
     c = class_loss(loss_func) if len(yb)==1 and not yb[0].is_floating_point() else None
     if c: return mix_class_loss(c, plan, pred, yb[0])
     calls,ybs = LossCalls(loss_func, pred, y_int),targets_of_parts(plan, yb, mixed)
-    return _mix_own(calls, plan.weights, ybs, check) if calls.is_own else mix_values(calls, plan.weights, ybs)
+    return _mix_own(calls, plan.weights, ybs, check, i) if calls.is_own else mix_values(calls, plan.weights, ybs)
 
 _mix_own = torch.compiler.disable(mix_own)
 
 def _mix_each(multi, plan, pred, yb, mixed, check, y_int):
-    def value(f, p, y, m): return _mix_losses(f, plan, p, (y,), check=check, y_int=y_int) if m else f(p, y)
-    def means(f, p, y, m):
-        with NoneReduce(f) as g: return value(g, p, y, m).reshape(len(plan.pairs), -1).mean(1)
+    def value(f, p, y, m, i): return _mix_losses(f, plan, p, (y,), check=check, y_int=y_int, i=i) if m else f(p, y)
+    def means(f, p, y, m, i):
+        with NoneReduce(f) as g: return value(g, p, y, m, i).reshape(len(plan.pairs), -1).mean(1)
     f = means if multi.reduction=='none' else value
-    return multi.total(f(*o, m) for o,m in zip(multi.each(pred, yb), mixed))
+    return multi.total(f(*o, m, i) for i,(o,m) in enumerate(zip(multi.each(pred, yb), mixed)))
 
 # %% ../nbs/07_losses.ipynb #a83e3a27
 def soft_targets(plan, y, c, ignore_index=-100):   # y (n, ...) -> (bs, c, ...), float32

@@ -30,11 +30,7 @@ def value_at(value, pct):
     return value.item() if isinstance(value, (Tensor,np.generic)) else value
 
 # %% ../nbs/05_mixer_base.ipynb #73a665a5
-def check_schedule(
-    name:str, # Name of the argument
-    value, # A number, or a function of the fraction of the training that is done
-    check:callable, # Returns a valid number, and raises an error for any other
-): # As `value`
+def check_schedule(name, value, check):
     "Return `value` after checking it; a function is checked at 101 points"
     if not callable(value): return check(value)
     for i in range(101):

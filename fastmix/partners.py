@@ -97,11 +97,7 @@ def near_target(
     return _draw_weighted((-d/(2*bandwidth**2*spread)).exp().numpy(), rng)
 
 # %% ../nbs/04_partners.ipynb #098fc9e7
-def check_partners(
-    idx:Tensor, # Result of a partner function
-    bs:int, # Number of samples that need a partner
-    n:int, # Number of samples that can be partners
-) -> Tensor: # (bs,), int64
+def check_partners(idx, bs, n):   # -> (bs,), int64
     "Return `idx`, or raise a `ValueError` unless it holds a valid position for each sample"
     must = f'partners must return a position for each of the {bs} samples'
     try: idx = torch.as_tensor(idx).detach().cpu()

@@ -227,9 +227,7 @@ def spectral_residual(
     return found
 
 # %% ../nbs/02_regions.ipynb #436bdccc
-def highest_points(
-    saliency:Tensor, # (n, *size), of any size
-) -> Tensor: # (n, d): positions relative to the size, from 0 to 1
+def highest_points(saliency):   # saliency (n, *size), of any size -> (n, d)
     "Where each map is highest"
     at = torch.unravel_index(saliency.flatten(1).argmax(1), saliency.shape[1:])
     return torch.stack([(i+.5)/n for i,n in zip(at, saliency.shape[1:])], 1)

@@ -522,7 +522,11 @@ def test_a_table_whose_embeddings_are_watched():
     model,cats,nums,plan = table_model(),torch.randint(4, (8,3)),torch.randn(8, 2),Plan.of(torch.arange(8).roll(1), torch.rand(8))
     plain = MixedInputs(plan, (cats,nums), model).xs
     want = model(*plain)
-    assert isinstance(plain[0][:,:2], Lookups) and isinstance(plain[0].flip(1), Lookups) and pickle.loads(pickle.dumps(plain[0])).equal(cats)
+    assert isinstance(plain[0][:,:2], Lookups) and isinstance(plain[0].flip(1), Lookups) and isinstance(plain[0][:,1:2], Lookups)
+    assert plain[0][:,0].shape==(8,) and torch.stack([plain[0][:,0],plain[0][:,2]], 1).shape==(8,2)
+    with pytest.raises(TypeError, match='tells the parts of a mixture apart'): plain[0][:,1]==cats[:,1]
+    for other in copy.copy(plain[0]),pickle.loads(pickle.dumps(plain[0])),plain[0].as_subclass(Tensor):   # no unmixed categories
+        with pytest.raises(IndexError): model(other, nums)
     seen = []
     model.embeds[1].register_forward_hook(lambda m, args, out: seen.append(out))
     watched = MixedInputs(plan, (cats,nums), model).xs

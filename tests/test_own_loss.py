@@ -8,7 +8,7 @@ import numpy as np, pytest, torch, torch.nn.functional as F
 from torch import nn
 from fastai.callback.core import Callback
 from fastai.losses import BaseLoss
-from fastmix.losses import MixLoss
+from fastmix.losses import MixLoss, MultiLoss
 from fastmix.mixers import MixUp
 from fastmix.plan import Plan
 from helpers import class_dls, mk_dls, mk_learn, quiet_fit, Record
@@ -762,3 +762,26 @@ def mixed_dropout(p):
         torch.manual_seed(torch.initial_seed())
         return ce(F.dropout(p), y)
     return mixed_many(p, u)
+
+@pytest.mark.parametrize('bs', [7, 8, 11, 15])
+def test_each_sample_is_tested_with_each_target(bs):
+    "One ignored label, in any row, is found within four batches"
+    p,labels = torch.randn(bs, 8),torch.arange(bs)%4
+    for row in range(bs):
+        loss,ignored = MixLoss(Ignores()),labels.clone()
+        loss(p, labels, plan=plan_of(bs))
+        ignored[row] = 7
+        with pytest.raises(ValueError, match='cannot be mixed sample by sample'):
+            for _ in range(4): loss(p, ignored, plan=plan_of(bs))
+
+def test_one_loss_for_two_targets():
+    "Each target has its own tests, and they are made again in the next fit"
+    def by_place(p, y): return (ce(p, y.clamp(max=3))*torch.linspace(.1, 2, len(y))).mean() if (y>3).any() else F.cross_entropy(p, y)
+    loss,p = MixLoss(MultiLoss(by_place, by_place)),torch.randn(6, 8)
+    with pytest.raises(ValueError, match='in another order'): loss((p,p), y, torch.arange(6), plan=swap)
+
+@pytest.mark.parametrize('extra', [None, torch.tensor(1.)])
+def test_weights_beside_predictions_with_other_parts(extra):
+    w = torch.rand(6)
+    with pytest.raises(ValueError, match='in another order'):
+        MixLoss(lambda p,y: (ce(p['logits'], y)*w).mean())(dict(logits=pred, extra=extra), y, plan=swap)
