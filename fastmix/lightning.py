@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._cpu import release_memory
+from ._own_loss import forget_losses
 from .batch import *
 from .calls import *
 from .core import *
@@ -81,6 +82,7 @@ class Mixing(pl.Callback):
 
     def on_fit_start(self, trainer, pl_module):
         "Check that the module has the loss, and that no other callback mixes"
+        forget_losses()
         self.path = self.loss or ('loss_func' if callable(getattr(pl_module, 'loss_func', None)) else None)
         if self.path: _find_loss(pl_module, self.path)
         if sum(isinstance(cb, Mixing) for cb in trainer.callbacks)>1: raise ValueError(
