@@ -13,8 +13,8 @@ from fastai.basics import *
 from fastai.callback import mixup as fastai_mixup
 
 from ._cpu import release_memory
-from ._own_loss import forget_losses
 from ._loss_config import is_separable, mixes_losses
+from ._own_loss import forget_losses
 from .batch import *
 from .core import *
 from .inputs import *

@@ -3,6 +3,7 @@ import logging, pickle, warnings
 from collections import namedtuple
 from copy import deepcopy
 from io import BytesIO
+from types import SimpleNamespace
 import lightning.pytorch as pl, numpy as np, pytest, torch, torch.nn.functional as F
 from fastai.callback.schedule import SchedLin
 from fastai.text.models.awdlstm import AWD_LSTM
@@ -15,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
+from fastmix import _own_loss
 from fastmix.lightning import Mixing, MixMonitor, batch_targets
 from fastmix.log import mix_grids
 from fastmix.losses import MultiLoss
@@ -910,3 +912,9 @@ def test_an_encoder_that_needs_sorted_texts():
     module.emb = nn.Sequential(SentenceEncoder(7, AWD_LSTM(30, 8, 8, 1, pad_token=0), pad_idx=0), Last())
     with pytest.raises(ValueError, match='SentenceEncoder needs texts in the order of their length'): fit_texts(module, Mixing(MixUp(.4), x=0, y=2), ids, lengths, y)
     fit_texts(module, Mixing(MixUp(.4)), ids, y)
+
+def test_each_fit_tests_losses_anew():
+    own,cb = nn.MSELoss(),Mixing(MixUp(.4))
+    _own_loss._known[own] = {}
+    cb.on_fit_start(SimpleNamespace(callbacks=[cb]), pl.LightningModule())
+    assert own not in _own_loss._known

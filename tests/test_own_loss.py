@@ -775,7 +775,7 @@ def test_each_sample_is_tested_with_each_target(bs):
             for _ in range(4): loss(p, ignored, plan=plan_of(bs))
 
 def test_one_loss_for_two_targets():
-    "Each target has its own tests, and they are made again in the next fit"
+    "Each target has its own tests"
     def by_place(p, y): return (ce(p, y.clamp(max=3))*torch.linspace(.1, 2, len(y))).mean() if (y>3).any() else F.cross_entropy(p, y)
     loss,p = MixLoss(MultiLoss(by_place, by_place)),torch.randn(6, 8)
     with pytest.raises(ValueError, match='in another order'): loss((p,p), y, torch.arange(6), plan=swap)
@@ -785,3 +785,12 @@ def test_weights_beside_predictions_with_other_parts(extra):
     w = torch.rand(6)
     with pytest.raises(ValueError, match='in another order'):
         MixLoss(lambda p,y: (ce(p['logits'], y)*w).mean())(dict(logits=pred, extra=extra), y, plan=swap)
+
+def test_each_fit_tests_a_loss_anew():
+    class Weighted(nn.Module):
+        w = None
+        def forward(self, p, y): return F.cross_entropy(p, y) if self.w is None else (ce(p, y)*self.w).mean()
+    learn = mk_learn(class_dls(n=8), loss_func=Weighted(), cbs=MixUp(1.))   # one batch an epoch
+    quiet_fit(learn)
+    learn.loss_func.w = torch.rand(8)
+    with pytest.raises(ValueError, match='in another order'): quiet_fit(learn)

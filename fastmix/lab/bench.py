@@ -170,7 +170,7 @@ def plot_costs(
 ) -> plt.Figure:
     "Draw what each mixer adds to a batch, a panel for each size, least first"
     sizes = costs.index.unique(0)
-    fig,axs = plt.subplots(1, len(sizes), **{'figsize': (4*len(sizes),2.6), 'layout': 'constrained'} | kwargs)
+    fig,_ = plt.subplots(1, len(sizes), **{'figsize': (4*len(sizes),2.6), 'layout': 'constrained'} | kwargs)
     for ax,size in zip(fig.axes, sizes):
         ms = costs['added ms'][size].sort_values(ascending=False)
         bars,floor = ms.drop('floor'),ms['floor']
@@ -246,15 +246,16 @@ def a_text(cbs=(), bs=32, length=72, n=1, **kwargs):
 # %% ../../nbs/33_bench.ipynb #33b30009
 def learner_step(
     learn:Learner, # Learner with one batch
-) -> callable: # Trains on one batch
-    "A training step, with all callbacks but those that only report"
+    training:bool=True, # Train on the batch, or validate on it?
+) -> callable: # Trains or validates on one batch
+    "A step of a fit, with all callbacks but those that only report"
     batch = to_device(learn.dls.one_batch(), default_device())
     learn.remove_cbs(learn.cbs.filter(lambda o: type(o).__module__ in ('fastai.learner','fastai.callback.core','fastai.callback.progress')))
     learn.create_opt()
-    learn.model.to(default_device()).train()
-    learn.training,learn.pct_train,learn.iter,learn.epoch,learn.train_iter = True,0.,0,0,0
-    for event in ('before_fit','before_train'): learn(event)
-    return lambda: learn.one_batch(0, batch)
+    learn.model.to(default_device()).train(training)
+    learn.training,learn.pct_train,learn.iter,learn.epoch,learn.train_iter = training,0.,0,0,0
+    for event in ('before_fit','before_train')[:1+training]: learn(event)
+    return torch.set_grad_enabled(training)(lambda: learn.one_batch(0, batch))
 
 # %% ../../nbs/33_bench.ipynb #33b30011
 class OwnLoss(nn.Module):
