@@ -205,7 +205,7 @@ def mix_lookups(plan, x, pads=(), ys=()):   # x (n, ...) -> (bs, ...)
 def sort_by_padding(plan, xb, model):
     "Sort mixtures by padding, least first, as models of texts expect them"
     texts = [x for x in xb if is_categorical(x) and plan.is_blended(x)]
-    pads = paddings(model) if texts and not isinstance(model, TabularModel) else []
+    pads = paddings(model) if texts and not is_table_model(model) else []
     if not pads: return plan
     n = _weights_of(plan, max(texts, key=Tensor.numel), pads)[1].any(0).flatten(1).sum(1)
     return plan if (n==n[0]).all() else plan.take(n.argsort(descending=True, stable=True))
