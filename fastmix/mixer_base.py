@@ -81,9 +81,7 @@ class Draw:
         self.x = max(xb, key=Tensor.dim)   # the input whose regions are cut
         self.n,self.m = self.x.shape[0],1      # how many samples there are, and in how many batches
 
-    def times(self,
-        m:int, # Number of batches
-    ) -> Draw:
+    def times(self, m:int) -> Draw:
         "The same for `m` batches in a row, as one batch whose partners come from each sample's own batch"
         res = copy(self)
         res.bs,res.n,res.m = m*self.bs,m*self.n,m
@@ -123,15 +121,11 @@ class Mixer:
         return self.partners if hasattr(self.partners, 'append_partners') else None
 
     def is_on(self, pct): return pct<self.until or self.until==1
-    def n_lam(self,
-        d:Draw, # What a plan is drawn from
-    ) -> int:
+    def n_lam(self, d:Draw) -> int:
         "Number of λ to draw: one for each sample, or one for the batch"
         return 1 if d.per_batch or self.per_batch else d.bs
 
-    def set_rng(self,
-        rng:np.random.Generator, # Random generator
-    ):
+    def set_rng(self, rng:np.random.Generator):
         "Draw from `rng` from now on"
         self.rng = rng
 

@@ -9,7 +9,7 @@ from torch import nn
 from fastai.callback.core import Callback
 from fastai.losses import BaseLoss
 from fastmix.losses import MixLoss, MultiLoss
-from fastmix.mixers import MixUp
+from fastmix.mixers import CutMix, MixUp
 from fastmix.plan import Plan
 from helpers import class_dls, mk_dls, mk_learn, quiet_fit, Record
 
@@ -693,18 +693,36 @@ class DropsOut(nn.Module):
     def forward(self, p, y): return F.cross_entropy(F.dropout(p), y, reduction=self.reduction)
 
 def writes(p, y, reduction='mean'): return F.cross_entropy(p.mul_(2), y, reduction=reduction)
+def writes_labels(p, y, reduction='mean'):
+    y.add_(1).remainder_(8)
+    return F.cross_entropy(p, y, reduction=reduction)
 def of_the_batch(p, y, reduction='mean'):
     u = F.cross_entropy(p, y, reduction='none')
     return u.square().mean().sqrt() if reduction=='mean' else u
 
 def test_a_loss_that_changes():
-    "It begins to write into its predictions, which is seen in time; or to depend on the batch, which is refused"
-    for later in writes,of_the_batch:
+    "It begins to write into its predictions or targets, which is seen in time; or to depend on the batch, which is refused"
+    for later in writes,writes_labels,of_the_batch:
         loss,p = MixLoss(Changes(later)),torch.randn(16, 8)
         for _ in range(2): torch.testing.assert_close(loss(p, many, plan=plan_of(16)), mixed_many(p))
         if later is writes: torch.testing.assert_close(loss(p, many, plan=plan_of(16)), mixed_many(2*p))
+        elif later is writes_labels: torch.testing.assert_close(loss(p, many, plan=plan_of(16)), mixed_many(p.roll(-1, 1)))
         else:
             with pytest.raises(ValueError, match='cannot be mixed sample by sample'): loss(p, many, plan=plan_of(16))
+
+def test_a_mask_that_is_written_into_later():
+    "It is cut, so it belongs to both targets of a mixture"
+    n,p,masks = 0,torch.randn(16, 8),torch.randint(0, 2, (16, 4, 4))
+    def of_class_and_mask(p, y, mask, reduction='mean'):
+        nonlocal n
+        n += 1
+        if n>2: mask.mul_(2)
+        u = F.cross_entropy(p, y, reduction='none') * (1+mask.flatten(1).float().mean(1))
+        return u if reduction=='none' else u.mean()
+    plan = CutMix().draw(torch.rand(16, 3, 4, 4))
+    scale = plan.mix(masks).flatten(1).float().mean(1)
+    loss = MixLoss(of_class_and_mask, y_int=True)
+    for factor in 1,1,2: torch.testing.assert_close(loss(p, many, masks, plan=plan), ((1+factor*scale) * (plan.lam*ce(p, many) + (1-plan.lam)*ce(p, many[plan.idx]))).mean())
 
 # Each of these changes what it is called with, by ways that PyTorch does not count
 def by_item(p, y, reduction='mean'):

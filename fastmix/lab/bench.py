@@ -239,8 +239,9 @@ def an_mlp(**kwargs):
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
     return Learner(noise_dls(numbers(1, 28, 28), classes(10)), model, CrossEntropyLossFlat(), **kwargs)
 
-def a_text(cbs=(), bs=32, length=72, n=1, **kwargs):
-    model = get_text_classifier(AWD_LSTM, 1000, 4, seq_len=length, config=awd_lstm_clas_config | dict(emb_sz=64, n_hid=64, n_layers=2))
+def a_text(cbs=(), bs=32, length=72, n=1, small=True, **kwargs):
+    config = awd_lstm_clas_config | (dict(emb_sz=64, n_hid=64, n_layers=2) if small else {})
+    model = get_text_classifier(AWD_LSTM, 1000, 4, seq_len=length, config=config)
     return Learner(noise_dls(_texts(length), classes(4), bs=bs, n=n), model, CrossEntropyLossFlat(), cbs=[*L(cbs),*rnn_cbs()], **kwargs)
 
 # %% ../../nbs/33_bench.ipynb #33b30009
@@ -277,8 +278,9 @@ def small_steps() -> dict: # Name: steps to compare, by name, the first as the u
     mlps = {'unmixed': None, 'MixUp': MixUp(.4), "fastai's MixUp": fastai_mixup.MixUp(.4)}
     return {'own loss, 8×21×128²': loss_steps((8,21,128,128), default_device().type, OwnLoss('none'), OwnLoss()),
         'table': steps(a_table, unmixed=None, MixUp=MixUp(.4), ManifoldMixUp=ManifoldMixUp(.4)),
-        'table, metric': {o: table(*cbs) for o,cbs in metrics.items()}, 'AWD-LSTM, 32 texts': steps(a_text, unmixed=None, MixUp=MixUp(.4)),
-        'MLP, 64×1×28²': steps(an_mlp, **mlps)}
+        'table, metric': {o: table(*cbs) for o,cbs in metrics.items()}, 'MLP, 64×1×28²': steps(an_mlp, **mlps),
+        'LSTM of 64 units, 32 texts': steps(a_text, unmixed=None, MixUp=MixUp(.4)),
+        'AWD-LSTM, 32 texts': steps(partial(a_text, small=False), unmixed=None, MixUp=MixUp(.4))}
 
 # %% ../../nbs/33_bench.ipynb #33b30013
 def ratios(
