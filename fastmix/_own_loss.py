@@ -138,15 +138,11 @@ def _copy(f, o):
     vars(res).update(vars(o))   # what a model has attached
     return res
 
-def _call(loss_func, unreduced, args):
-    if not unreduced: return loss_func(*args)
-    with NoneReduce(loss_func) as f: return f(*args)
-
 class LossCalls:
     "Calls of a loss on the predictions of one batch, each from the same state"
     def __init__(self, loss_func, pred, y_int=None):   # y_int: True if the loss looks at its targets, even where it seems not to
         self.loss_func,self.pred,self.y_int,self.is_own = loss_func,pred,y_int,not is_standard(loss_func)
-        self.copies,self.writes = True,False   # does the loss get copies, to write into? Has it done so?
+        self.copies,self.writes = True,False   # does the loss get a copy of the predictions, to write into? Has it done so?
 
     def __enter__(self):
         "Save the present state, from which each call starts"
@@ -156,17 +152,15 @@ class LossCalls:
     def __exit__(self, error, *_):   # the loss has moved on by one call; after an error, or Ctrl-C, it is as it was
         if self.state: self.state.reset() if error else self.state.keep()
 
-    def __call__(self, yb, unreduced=False, pred=None):
-        "The loss for the targets `yb`"
-        args = self.pred if pred is None else pred,*yb
-        if not self.is_own: return _call(self.loss_func, unreduced, args)
+    def __call__(self, f, yb):
+        "Call `f`, the loss or its unreduced form, with the targets `yb`"
+        if not self.is_own: return f(self.pred, *yb)
         self.state.restore()
-        lent = map_tensors(partial(_copy, Tensor.clone if self.copies else torch.ops.aten.alias), args)   # unlike that of a view, the gradient of an alias can be added to in place
-        seen = [(o, _version(o), p) for o,p in zip(tensors_in(lent), tensors_in(args)) if isinstance(o, Tensor)]
-        res = _call(self.loss_func, unreduced, lent)
+        pred = map_tensors(partial(_copy, Tensor.clone if self.copies else torch.ops.aten.alias), self.pred)   # unlike that of a view, the gradient of an alias can be added to in place
+        seen = [(o, _version(o), p) for o,p in zip(tensors_in(pred), tensors_in(self.pred)) if isinstance(o, Tensor)]
+        res = f(pred, *map_tensors(partial(_copy, Tensor.clone), yb))
         self.writes = self.writes or any(_version(o)!=v or self.copies and not o.equal(p) for o,v,p in seen)
-        if self.writes and not self.copies: raise ValueError(
-            f'{self.loss_func} writes into its predictions or targets, as it did not in earlier batches: clone them first')
+        if self.writes and not self.copies: raise ValueError(f'{self.loss_func} writes into its predictions, as it did not in earlier batches: clone them first')
         if isinstance(res, Tensor): return res
         raise TypeError(f'{self.loss_func} must return a tensor to be mixed, but returned a {type(res).__name__}')
 
@@ -176,20 +170,20 @@ def _value_and_gradient(u, pred):
     found = torch.autograd.grad(u.sum(), at, retain_graph=True, allow_unused=True) if at and u.requires_grad else []
     return [u, *(torch.zeros(()) if o is None else o for o in found)]
 
-def _looks_at_targets(calls, u, yb, unreduced):
+def _looks_at_targets(calls, f, u, yb):
     "Do other targets change the loss or its gradient?"
     want = _value_and_gradient(u, calls.pred)
     numbers,p = all(y.is_floating_point() for y in yb),calls.pred
     for v in (0,1,-1) if numbers else range(min(p.shape[1], 100) if isinstance(p, Tensor) and p.ndim>1 and p.shape[1]>1 else 2):
-        try: got = _value_and_gradient(calls(tuple(torch.full_like(y, v) for y in yb), unreduced), calls.pred)
+        try: got = _value_and_gradient(calls(f, tuple(torch.full_like(y, v) for y in yb)), calls.pred)
         except Exception: return True   # it looked at them, and refused them
         if not all(map(torch.equal, want, got)): return True
     return False
 
-def check_depends(calls, us, ybs, unreduced=False):
+def check_depends(calls, f, us, ybs):
     "A `ValueError` if the loss does not depend on the targets it is called with"
     if calls.y_int or not all(us[0].equal(u) for u in us[1:]) or not us[0].any(): return
-    if any(u is us[0] for u in us[1:]) or any(not a.equal(b) for yb in ybs[1:] for a,b in zip(ybs[0], yb)) and not _looks_at_targets(calls, us[0], ybs[0], unreduced):
+    if any(u is us[0] for u in us[1:]) or any(not a.equal(b) for yb in ybs[1:] for a,b in zip(ybs[0], yb)) and not _looks_at_targets(calls, f, us[0], ybs[0]):
         raise ValueError(f'{calls.loss_func} returns the same for both targets of a mixture, and for other targets, '
             'so it takes labels from elsewhere, which are not mixed: compute it from the targets that it is called with. If it needs no '
             'targets, as in distillation, pass y_int=False to the mixer; if they count only later, as in a warm-up from 0, y_int=True')
@@ -221,33 +215,36 @@ def _agree(loss_func, us, weight, got, want, slack=4):
     return torch.allclose(got, want.to(got.dtype), rtol=tol, atol=tol*size.max().item(), equal_nan=True)
 
 # %% ../nbs/06a_own_loss.ipynb #fc151d3c
-def call_for_each(calls, ybs, unreduced, test):
+class _Differs(Exception): "The unreduced values of some samples are not those of the reduced loss"
+
+def call_for_each(calls, f, ybs, test=True, agrees=None):
     "The loss on each target of a mixture; a `ValueError` where it is not a function of predictions and targets"
-    if not calls.is_own: return [calls(yb, unreduced) for yb in ybs]
-    *others,first = [calls(yb, unreduced) for yb in (*ybs[1:],ybs[0])]
-    if not test and not all(map(first.equal, others)): return [first,*others]
-    check_depends(calls, [first,*others], ybs, unreduced)
-    last = calls(ybs[0], unreduced)
-    if first.shape!=last.shape or not torch.allclose(first, last, rtol=1e-4, equal_nan=True): raise ValueError(
-        f'{calls.loss_func} returns {last.mean().item():.6g} where it returned {first.mean().item():.6g} before, for the same predictions and targets, '
-        'so it cannot be called for both targets of a mixture: keep what it remembers in attributes or buffers, '
-        'and draw from the global random generators, or pass y_int=False to the mixer, which then calls it once')
+    if not calls.is_own: return [calls(f, yb) for yb in ybs]
+    with calls:
+        *others,first = [calls(f, yb) for yb in (*ybs[1:],ybs[0])]
+        if agrees and not agrees([first,*others]): raise _Differs
+        if not test and not all(map(first.equal, others)): return [first,*others]
+        check_depends(calls, f, [first,*others], ybs)
+        last = calls(f, ybs[0])
+        if first.shape!=last.shape or not torch.allclose(first, last, rtol=1e-4, equal_nan=True): raise ValueError(
+            f'{calls.loss_func} returns {last.mean().item():.6g} where it returned {first.mean().item():.6g} before, for the same predictions and targets, '
+            'so it cannot be called for both targets of a mixture: keep what it remembers in attributes or buffers, '
+            'and draw from the global random generators, or pass y_int=False to the mixer, which then calls it once')
     return [last,*others]
 
 def mix_values(calls, weights, ybs, test=True, agrees=None):
     "The weighted mean of the losses on each target; a `ValueError` where each sample has its own λ and the loss cannot be left unreduced"
     loss_func = calls.loss_func
-    if len(weights)==1: return _weighted_sum(call_for_each(calls, ybs, False, test), weights[0])
+    if len(weights)==1: return _weighted_sum(call_for_each(calls, loss_func, ybs, test), weights[0])
     if not is_separable(loss_func): raise ValueError(f'{loss_func} has no `reduction` to leave out, so it cannot be mixed sample by sample: {_one_lam}')
-    us = call_for_each(calls, ybs, True, test)
-    if agrees and not agrees(us): check_mixable(calls, weights, ybs)
+    with NoneReduce(loss_func) as f: us = call_for_each(calls, f, ybs, test, agrees)
     return _reduce(loss_func, us, weights)
 
 # %% ../nbs/06a_own_loss.ipynb #4af6f6f1
-def _try(loss_func, pred, ybs, unreduced=False):
-    "What the loss returns for each of `ybs`, and whether it draws random numbers; it is left as it was"
+def _try(loss_func, f, pred, ybs):
+    "What `f` returns for each of `ybs`, whether it draws random numbers, and whether it writes into `pred`; the loss is left as it was"
     calls = LossCalls(loss_func, pred).__enter__()
-    try: return [calls(yb, unreduced).detach() for yb in ybs],calls.state.has_drawn
+    try: return [calls(f, yb).detach() for yb in ybs],calls.state.has_drawn,calls.writes
     finally: calls.state.reset()
 
 # %% ../nbs/06a_own_loss.ipynb #38571ea6
@@ -261,9 +258,9 @@ def _check_order(loss_func, pred, yb, want):
     if any(isinstance(o, Tensor) and o.ndim and len(o)!=len(yb[0]) for o in tensors_in((pred,yb))): return
     dims = (1,0) if all(o.shape[1:2]==o.shape[:1] for o in tensors_in(pred) if isinstance(o, Tensor)) else (0,)   # time may be first, and as long as the batch
     for dim in dims:
-        got = _try(loss_func, map_tensors(partial(_flip, dim=dim), pred), [map_tensors(_flip, yb)])[0][0]
+        got = _try(loss_func, loss_func, map_tensors(partial(_flip, dim=dim), pred), [map_tensors(_flip, yb)])[0][0]
         if got.shape!=() or torch.allclose(got, want, rtol=max(1e-4, 4*torch.finfo(want.dtype).eps), atol=1e-5, equal_nan=True): return
-    if _try(loss_func, pred, [yb])[0][0].equal(want): raise ValueError(   # else it has a memory, which is an error of `mix_values`
+    if _try(loss_func, loss_func, pred, [yb])[0][0].equal(want): raise ValueError(   # else it has a memory, which is an error of `mix_values`
         f'{loss_func} returns {got.item():.6g} where it returned {want.item():.6g} for the same samples in another order, so it knows something about each that is not among its targets, '
         'such as a weight: pass that as a further target of the batch, or, if the model computed it from the mixed batch, return it from the model with the predictions')
 
@@ -272,19 +269,19 @@ def _is_half(o): return o.is_floating_point() and o.element_size()<4
 
 def check_mixable(calls, weights, ybs):
     "A `ValueError` if a loss of your own depends on the order of samples, or, where each has its own λ, cannot be mixed sample by sample"
-    (bs,k),device = weights.shape,weights.device
-    half = any(map(_is_half, [*(v for v,_ in calls.state.fixed),*calls.state.tensors.values()]))
-    pred = map_tensors(lambda o: o.float() if _is_half(o) and not half else o, calls.pred)   # to detect small differences
+    (bs,k),device,pred,state = weights.shape,weights.device,calls.pred,LossState(calls.loss_func)
+    half = any(map(_is_half, [*(v for v,_ in state.fixed),*state.tensors.values()]))
+    if not half: pred = map_tensors(lambda o: o.float() if _is_half(o) else o, pred)   # to detect small differences
     with torch.autocast(device.type, enabled=half and torch.is_autocast_enabled(device.type)):
         _compare_calls(calls.loss_func, pred, torch.arange(bs, device=device), k, ybs)
 
 def _compare_calls(loss_func, pred, rows, k, ybs):
     per_batch = len(rows)==1
     tried = ybs[:1] if per_batch else [*ybs,tuple(torch.stack(ys)[rows%k,rows] for ys in zip(*ybs))]   # the last alternates between them
-    wants,draws = _try(loss_func, pred, tried)
+    wants,draws,_ = _try(loss_func, loss_func, pred, tried)
     if wants[0].shape==() and not draws: _check_order(loss_func, pred, ybs[0], wants[0])
     if per_batch or not is_separable(loss_func): return   # the latter is an error of `mix_values`
-    us,_ = _try(loss_func, pred, ybs, True)
+    with NoneReduce(loss_func) as f: us = _try(loss_func, f, pred, ybs)[0]
     eye = torch.eye(k, device=rows.device)
     for want,weight in zip(wants, [*eye[:,None].expand(-1, len(rows), -1),eye[rows%k]]):
         got = _reduce(loss_func, us, weight)
@@ -294,7 +291,7 @@ def _compare_calls(loss_func, pred, rows, k, ybs):
 
 # %% ../nbs/06a_own_loss.ipynb #b5a21183
 def _try_part(calls, ybs, n):
-    "Call the loss for a part of the samples, which differs with `n`. A function: do unreduced values give the same?"
+    "Call the loss for a part of the samples, which differs with `n`. Does it write into `pred`? And a function: do unreduced values give the same?"
     loss_func,bs,k = calls.loss_func,len(ybs[0][0]),len(ybs)
     is_large = any(isinstance(o, Tensor) and o.numel()>2**18 for o in tensors_in(calls.pred))
     m = -(-bs//(8 if is_large else 2))
@@ -303,14 +300,14 @@ def _try_part(calls, ybs, n):
     part = (at+start+passes)%k   # so that each sample is tested with each of its targets
     try:
         pred = map_tensors(lambda o: o[rows] if o.ndim and len(o)==bs else o, calls.pred)
-        want = calls([torch.stack([y[rows] for y in ys])[part,at] for ys in zip(*ybs)], pred=pred).detach()
-    except Exception: return lambda us: False   # it takes whole batches only
+        (want,),_,writes = _try(loss_func, loss_func, pred, [tuple(torch.stack([y[rows] for y in ys])[part,at] for ys in zip(*ybs))])
+    except Exception: return True,lambda us: False   # it takes whole batches only
     def agrees(us):
         weight = torch.eye(k, device=part.device)[part]
         try: us = [u.detach().view(bs, len(u)//bs, *u.shape[1:])[rows].flatten(0, 1) for u in us]
         except Exception: return False
         return _agree(loss_func, us, weight, _reduce(loss_func, us, weight), want, 1)
-    return agrees
+    return writes,agrees
 
 # %% ../nbs/06a_own_loss.ipynb #e7effa8c
 _known = weakref.WeakKeyDictionary()
@@ -330,11 +327,13 @@ def mix_own(calls, weights, ybs, check=True, i=0):   # i: which loss of a `Multi
     known = _known_of(calls, weights, ybs, i)
     by_sample = len(weights)>1 and is_separable(calls.loss_func)
     test = known.n%(32 if by_sample else 4)==0
-    calls.writes = known.writes
-    with calls:
-        if test and check: check_mixable(calls, weights, ybs)
-        agrees = _try_part(calls, ybs, known.n) if check and not test and by_sample else None
-        calls.copies = test or not by_sample or calls.writes
-        res = mix_values(calls, weights, ybs, test, agrees)
-    known.n,known.writes = known.n+1,calls.writes
+    if test and check: check_mixable(calls, weights, ybs)
+    writes,agrees = _try_part(calls, ybs, known.n) if check and not test and by_sample else (known.writes,None)
+    calls.copies = test or not by_sample or writes or known.writes
+    try: res = mix_values(calls, weights, ybs, test, agrees)
+    except _Differs:
+        check_mixable(calls, weights, ybs)
+        res = mix_values(calls, weights, ybs)
+    finally: known.writes = known.writes or writes or calls.writes
+    known.n += 1
     return res

@@ -160,12 +160,12 @@ def soft_loss(loss_func, plan, pred, yb):   # pred (bs, c, ...)
 def _soft_value(calls, plan, y):
     loss_func,pred,own = calls.loss_func,calls.pred,plan.unmixed(y)
     def loss(y, what):
-        try: return calls((y,))
+        try: return calls(loss_func, (y,))
         except (TypeError,ValueError,RuntimeError,IndexError) as e: raise ValueError(f'{loss_func} does not take {what} as targets: pass soft=False, which mixes its losses') from e
     def soft(plan, y): return loss(soft_targets(plan, y.view(-1) if y.numel()==len(y) else y, pred.shape[1], loss_option(loss_func, 'ignore_index')), 'probabilities')
     parts = [(o,) for o in plan.gather(y).unbind(1)]
     us = [loss(o, 'classes, as a validation set has them,') for o, in parts]
-    if calls.is_own: check_depends(calls, us, parts)
+    if calls.is_own: check_depends(calls, loss_func, us, parts)
     with torch.no_grad(): want,got = loss(own, 'classes'),soft(unmixed_plan(len(own)).to(own.device), own)
     if want.shape!=got.shape or not torch.allclose(got, want.to(got.dtype), rtol=1e-3, equal_nan=True): raise ValueError(
         f'{loss_func} returns {want.mean().item():.6g} for classes, but {got.mean().item():.6g} for the same classes as probabilities, '

@@ -661,6 +661,39 @@ def test_a_label_that_is_ignored_in_later_batches_only():
     with pytest.raises(ValueError, match='cannot be mixed sample by sample'):
         for _ in range(4): half(p[:8], ignored[:8], plan=plan_of(8))
 
+def test_a_refused_batch_leaves_the_loss_as_it_was():
+    class Counts(Ignores):
+        n = 0
+        def forward(self, p, y):
+            self.n += 1
+            return super().forward(p, y)
+    own,p = Counts(),torch.randn(16, 8)
+    ignored = torch.where(many==many[5], 7, many)
+    loss = MixLoss(own)
+    for _ in range(2): loss(p, many, plan=plan_of(16))
+    with pytest.raises(ValueError, match='cannot be mixed sample by sample'): loss(p, ignored, plan=plan_of(16))
+    assert own.n==2
+
+def test_a_reduction_that_makes_another_loss():
+    "A loss that is made when `reduction` is set has the tensors of the first"
+    class Remade(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer('w', torch.ones(8))
+            self.reduction = 'mean'
+        @property
+        def reduction(self): return self._reduction
+        @reduction.setter
+        def reduction(self, value): self._reduction,self.made = value,nn.BCEWithLogitsLoss(self.w, reduction='none')
+        def forward(self, p, y):
+            u = self.made(p, F.one_hot(y, 8).float()).mean(1)
+            return u if self.reduction=='none' else u.mean()
+    own,p = Remade(),torch.randn(16, 8)
+    loss = MixLoss(own)
+    for _ in range(3): loss(p, many, plan=plan_of(16))
+    own.w.copy_(torch.arange(8.))
+    torch.testing.assert_close(own(p, many), F.binary_cross_entropy_with_logits(p, F.one_hot(many, 8).float(), torch.arange(8.)))
+
 def test_weights_that_come_later_with_one_lam():
     class Weighted(Ignores):
         w = None
