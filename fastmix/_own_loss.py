@@ -302,11 +302,12 @@ def _try_part(calls, ybs, n):
         pred = map_tensors(lambda o: o[rows] if o.ndim and len(o)==bs else o, calls.pred)
         (want,),_,writes = _try(loss_func, loss_func, pred, [tuple(torch.stack([y[rows] for y in ys])[part,at] for ys in zip(*ybs))])
     except Exception: return True,lambda us: False   # it takes whole batches only
+    reduced = partial(loss_func, reduction=loss_option(loss_func, 'reduction'))   # as it is now; `us` come while it is unreduced
     def agrees(us):
         weight = torch.eye(k, device=part.device)[part]
         try: us = [u.detach().view(bs, len(u)//bs, *u.shape[1:])[rows].flatten(0, 1) for u in us]
         except Exception: return False
-        return _agree(loss_func, us, weight, _reduce(loss_func, us, weight), want, 1)
+        return _agree(reduced, us, weight, _reduce(reduced, us, weight), want, 1)
     return writes,agrees
 
 # %% ../nbs/06a_own_loss.ipynb #e7effa8c

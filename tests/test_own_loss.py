@@ -674,6 +674,20 @@ def test_a_refused_batch_leaves_the_loss_as_it_was():
     with pytest.raises(ValueError, match='cannot be mixed sample by sample'): loss(p, ignored, plan=plan_of(16))
     assert own.n==2
 
+_calls = itertools.count()
+class Counted(nn.Module):
+    reduction = 'mean'
+    def forward(self, p, y):
+        next(_calls)   # a global, which is not restored
+        return F.cross_entropy(p, y, reduction=self.reduction)
+
+def test_a_batch_between_takes_three_calls():
+    loss,p,n = MixLoss(Counted()),torch.randn(16, 8),[next(_calls)]
+    for _ in range(3):
+        loss(p, many, plan=plan_of(16))
+        n.append(next(_calls))
+    assert [b-a-1 for a,b in zip(n, n[1:])]==[9,3,3]
+
 def test_a_reduction_that_makes_another_loss():
     "A loss that is made when `reduction` is set has the tensors of the first"
     class Remade(nn.Module):
