@@ -31,7 +31,7 @@ demo: .venv/.metrics ## Train on real digits with and without MixUp, in two minu
 bench: $(env) ## Measure what mixing adds to a batch, compared with fastai, timm and torchvision
 	$(bin)/python -W ignore -m fastmix.lab.bench $(ARGS)
 
-evidence: $(env) ## Run all experiments again in evidence/, in about fifteen hours on two cores; resumes if interrupted; GPU=1 adds the paper's model
+evidence: $(env) ## Run all experiments again in evidence/, in about seventeen hours on two cores; resumes if interrupted; GPU=1 adds the paper's model
 	mkdir -p evidence
 	cp $$(grep -l run_missing nbs/tutorials/*.ipynb) nbs/tutorials/evidence.ipynb evidence
 	$(if $(GPU),for noise in 0 .2 .5 .8; do $(bin)/python -m fastmix.lab.scale --noise $$noise --out evidence/runs/scale.csv $(ARGS) || exit; done)

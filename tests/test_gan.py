@@ -168,8 +168,10 @@ class Stop(Callback):
 def test_each_way_out_of_a_fit(event, minimax, error):
     "Afterwards the learner has fastai's own loss again"
     learn = mk_gan(GANMixUp(.5, minimax=minimax), switch_eval=False)
-    try: quiet_fit(learn, cbs=Stop(event, error, order=20, n=3 if minimax else 2))   # in a batch of the generator, or of the critic
+    stop = Stop(event, error, order=20, n=3 if minimax else 2)   # in a batch of the generator, or of the critic
+    try: quiet_fit(learn, cbs=stop)
     except (KeyboardInterrupt,CancelBatchException): pass   # the second one where fastai does not catch it, either
+    assert stop.n<=0
     z,x = learn.dls.valid.one_batch()
     for o in learn,pickle.loads(pickle.dumps(learn)):
         o.loss_func.switch(True)

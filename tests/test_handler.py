@@ -220,10 +220,12 @@ def test_ways_out(ex, for_this_fit):
             own,mixer = CrossEntropyLossFlat(), MixUp(1.)
             learn = mk_learn(class_dls(n=16), StopNet(6, 4), own, cbs=[] if for_this_fit else mixer)
             cbs = [mixer] if for_this_fit else []
+            stop = Stop(name, ex('stop'), order)
             if name=='forward': learn.model.ex = ex('stop')
-            else: cbs.append(Stop(name, ex('stop'), order))
+            else: cbs.append(stop)
             try: quiet_fit(learn, 2, cbs=cbs)
             except (*cancels, KeyboardInterrupt, RuntimeError) as e: assert isinstance(e, ex)
+            assert name=='forward' or stop.stop_by is None
             if for_this_fit: assert learn.loss_func is own and not hasattr(learn, 'mix_up')
             if name=='forward': learn.model.ex = None
             learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, Stop)])

@@ -267,15 +267,14 @@ class Normed(nn.Module):
 class WritesData(nn.Module):
     def __init__(self):
         super().__init__()
-        self.n = torch.zeros(())
+        self.n,self.reduction = torch.zeros(()),'mean'
     def forward(self, p, y):
         self.n.data.add_(1)
-        return F.cross_entropy(p, y)/self.n
+        return F.cross_entropy(p, y, reduction=self.reduction)/self.n
 
 @pytest.mark.parametrize('plan', [swap, sides], ids=['one λ','λ per sample'])
 @pytest.mark.parametrize('cls', [Prototypes, Normed, WritesData])
 def test_what_is_remembered_is_what_the_unmixed_batch_leaves(cls, plan):
-    if cls is WritesData and plan is sides: return
     got,want = cls(),cls()
     p,t = pred[:4],y[:4]
     plan = Plan.of(torch.tensor([1,2,3,0]), plan.lam[:4])
