@@ -271,14 +271,14 @@ def small_steps() -> dict: # Name: steps to compare, by name, the first as the u
     "Steps in which the time of each call counts"
     def steps(new, **mixers): return {o: learner_step(new(cbs=mixer)) for o,mixer in mixers.items()}
     def table(*cbs): return learner_step(a_table(cbs=cbs))
+    def texts(small): return steps(partial(a_text, small=small), unmixed=None, MixUp=MixUp(.4))
     metrics = {'unmixed, accuracy': [_Metric(accuracy)], 'MixUp, accuracy': [MixUp(.4),_Metric(accuracy)],
         'MixUp, MixMetric(accuracy)': [MixUp(.4),_Metric(MixMetric(accuracy))]}
     mlps = {'unmixed': None, 'MixUp': MixUp(.4), "fastai's MixUp": fastai_mixup.MixUp(.4)}
     return {'own loss, 8×21×128²': loss_steps((8,21,128,128), default_device().type, OwnLoss('none'), OwnLoss()),
         'table': steps(a_table, unmixed=None, MixUp=MixUp(.4), ManifoldMixUp=ManifoldMixUp(.4)),
         'table, metric': {o: table(*cbs) for o,cbs in metrics.items()}, 'MLP, 64×1×28²': steps(an_mlp, **mlps),
-        'LSTM of 64 units, 32 texts': steps(a_text, unmixed=None, MixUp=MixUp(.4)),
-        'AWD-LSTM, 32 texts': steps(partial(a_text, small=False), unmixed=None, MixUp=MixUp(.4))}
+        'LSTM of 64 units, 32 texts': texts(small=True), 'AWD-LSTM, 32 texts': texts(small=False)}
 
 # %% ../../nbs/33_bench.ipynb #33b30013
 def ratios(
