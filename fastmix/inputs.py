@@ -222,7 +222,7 @@ class StackedParts(Tensor):
 
     @classmethod
     def made(cls, o, plan, x=None, i=None, cache=None, columns=None):
-        res = o.as_subclass(cls)
+        res = torch.as_subclass(o, cls)
         res.plan,res.x,res.i,res.cache,res.columns = plan,x,i,cache,columns
         return res
 
