@@ -6,7 +6,7 @@ from threading import Thread
 
 import pytest
 
-pytest.importorskip('smalldocs', reason='The site needs Python 3.11 or newer')
+if sys.version_info<(3,11): pytest.skip('smalldocs, which makes the site, needs Python 3.11 or newer', allow_module_level=True)
 from playwright.sync_api import sync_playwright
 
 class Quiet(SimpleHTTPRequestHandler):
